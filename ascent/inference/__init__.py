@@ -1,0 +1,1 @@
+"""Inference: catalogue, model store, adapters, chat rendering, and engines: tokens in, tokens and log-probs out."""

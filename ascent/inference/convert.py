@@ -1,0 +1,322 @@
+"""Conversion into the store's one format: a Hugging Face folder with safetensors, a tokenizer and a card.
+
+GGUF files are dequantised once, here; everything else in Ascent only ever loads the folder. Models below 300 million
+parameters are kept in float32 (they are small, and a dequantised weight is a product of two float16 numbers that
+bfloat16 would round), larger ones in bfloat16. The card records which.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from ascent.inference.store import Store, require_space
+from ascent.records import ModelCard
+from ascent.records.errors import BadInput, Corrupt, UnknownName
+from ascent.records.files import sha256_file
+
+Dtype = Literal["float32", "bfloat16"]
+FLOAT32_BELOW = 300_000_000
+MAX_HEADER_BYTES = 100_000_000  # the safetensors format's own limit
+PAD_TOKENS = ("<|endoftext|>", "<pad>", "[PAD]", "<|pad|>", "<|padding|>", "<|finetune_right_pad_id|>")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
+_BYTES = {"float32": 4, "bfloat16": 2}
+_SAFETENSORS_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+class Facts(BaseModel):
+    """What a model folder says about itself, read from its headers without loading a weight."""
+
+    model_config = ConfigDict(frozen=True)
+
+    kind: Literal["base", "adapter"]
+    family: str
+    parameters: int
+    dtype: str
+    context: int = 0
+    base: str | None = None
+
+
+def import_model(
+    path: Path,
+    name: str,
+    store: Store,
+    *,
+    source: str = "",
+    licence: str = "unknown",
+    family: str = "",
+    base: str | None = None,
+    dtype: Dtype | None = None,
+) -> Path:
+    """Bring a GGUF file, a safetensors folder or a PEFT adapter folder into the store; return the stored folder.
+
+    Args:
+        path: the GGUF file or the folder.
+        name: what the model shall be called.
+        store: where it goes.
+        source: where it came from, for the card; default: the file's name.
+        licence: SPDX identifier of the weights.
+        family: shown in lists; default: the architecture.
+        base: for an adapter, the stored base model; default: what its `adapter_config.json` names.
+        dtype: for GGUF, the precision to keep; default: by size (see the module).
+
+    Raises:
+        BadInput: the path is none of the three, or something in it is missing; the message names the file and field.
+        Corrupt: a file is cut off or not what its name says.
+        NoSpace: the disk is full; the store is as it was.
+    """
+    origin = source or f"file:{path.name}"
+    if path.is_dir():
+        facts = inspect_folder(path)
+        parent = None
+        if facts.kind == "adapter":
+            parent = _parent(path, base or facts.base, store)
+        card = _card(facts, name, origin, licence, family, parent)
+        return store.add(path, card)
+    if not path.is_file():
+        raise BadInput(f"{path} does not exist; give a GGUF file, a safetensors model folder or a PEFT adapter folder")
+    with path.open("rb") as file:
+        magic = file.read(4)
+    if magic != b"GGUF":
+        raise BadInput(
+            f"{path} is not a GGUF file (it begins with {magic!r}); give a GGUF file, a folder with config.json and "
+            f"*.safetensors, or a PEFT adapter folder. Pickled weights (.bin, .pt) are not read because they can run code"
+        )
+    store.root.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=store.root, prefix=".convert-") as scratch:
+        folder = Path(scratch)
+        convert_gguf(path, folder, dtype=dtype)
+        return store.add(folder, _card(inspect_folder(folder), name, origin, licence, family, None), consume=True)
+
+
+def convert_gguf(gguf: Path, out: Path, *, dtype: Dtype | None = None) -> None:
+    """Write the model and tokenizer of a GGUF file to the folder `out` as unquantised safetensors.
+
+    Embedding and output matrices that the file stores apart stay apart, even when they are nearly equal. The pad
+    token is set apart from the end token where the vocabulary has one, because a loss that masks padding would
+    otherwise mask the end token too and the model would never learn to stop.
+
+    Raises:
+        BadInput: the architecture is not one that transformers can read from GGUF.
+        Corrupt: the file is cut off or malformed.
+        NoSpace: the result would not fit on the disk.
+    """
+    parameters = _gguf_parameters(gguf)
+    kept: Dtype = dtype or ("float32" if parameters < FLOAT32_BELOW else "bfloat16")
+    require_space(out, parameters * _BYTES[kept] + 50_000_000, f"the converted {gguf.name}")
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    place = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(**place)
+        loaded = AutoModelForCausalLM.from_pretrained(
+            **place,
+            dtype=getattr(torch, kept),
+            quantization_config=GgufConfig(gguf_file=gguf.name, dequantize=True),
+        )
+    except (ValueError, NotImplementedError, KeyError) as error:
+        raise BadInput(
+            f"{gguf}: transformers cannot convert this GGUF file ({error}); use the model's safetensors release: "
+            f"ascent models import FOLDER"
+        ) from error
+    config = loaded.config
+    for stale in ("quantization_config", "_pre_quantization_dtype"):
+        if hasattr(config, stale):
+            delattr(config, stale)
+    separate_pad(tokenizer)
+    # A fresh instance, filled with the loaded tensors, carries nothing of the quantised loading into the files.
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, kept))
+    model.load_state_dict(loaded.state_dict(), assign=True)
+    model.tie_weights()
+    model.generation_config = loaded.generation_config
+    for holder in (model.config, model.generation_config):
+        holder.pad_token_id = tokenizer.pad_token_id
+    model.save_pretrained(out, max_shard_size="1000GB")
+    tokenizer.save_pretrained(out)
+    _forget_paths(out)
+
+
+def separate_pad(tokenizer: Any) -> bool:
+    """Give `tokenizer` a pad token that is not an end token; return whether it had to be changed.
+
+    A tokenizer whose vocabulary has no usable pad token is left as it is: then masks must come from lengths, which
+    is what Ascent's own batches do in any case.
+    """
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id != tokenizer.eos_token_id:
+        return False
+    vocabulary = tokenizer.get_vocab()
+    for token in PAD_TOKENS:
+        if token in vocabulary and vocabulary[token] != tokenizer.eos_token_id:
+            tokenizer.pad_token = token
+            return True
+    return False
+
+
+def inspect_folder(folder: Path) -> Facts:
+    """Check that a folder holds a causal language model or an adapter, and return what its headers say.
+
+    Raises:
+        BadInput: a file or a field is missing, or the architecture is not a causal language model.
+        Corrupt: a weights file is cut off or a JSON file does not parse.
+    """
+    if (folder / "adapter_config.json").is_file():
+        return _inspect_adapter(folder)
+    if not (folder / "config.json").is_file():
+        raise BadInput(
+            f"{folder} is neither a model folder (no config.json) nor an adapter folder (no adapter_config.json)"
+        )
+    config = _read_json(folder / "config.json")
+    family = str(config.get("model_type") or "")
+    if not family:
+        raise BadInput(f"{folder / 'config.json'}: field 'model_type' is missing; it names the architecture")
+    architectures = config.get("architectures") or []
+    if not any(str(name).endswith(("ForCausalLM", "LMHeadModel")) for name in architectures):
+        raise BadInput(
+            f"{folder / 'config.json'}: field 'architectures' is {architectures}; a causal language model "
+            f"(…ForCausalLM) is needed"
+        )
+    if "quantization_config" in config:
+        raise BadInput(
+            f"{folder / 'config.json'}: field 'quantization_config': the weights are quantised; import an unquantised "
+            f"release or the GGUF file"
+        )
+    if not any((folder / file).is_file() for file in TOKENIZER_FILES):
+        raise BadInput(f"{folder}: has no tokenizer ({', '.join(TOKENIZER_FILES)}); copy it from the model's release")
+    parameters, dtype = _weights(_weight_files(folder))
+    context = int(config.get("max_position_embeddings") or config.get("n_positions") or 0)
+    return Facts(kind="base", family=family, parameters=parameters, dtype=dtype, context=context)
+
+
+def _inspect_adapter(folder: Path) -> Facts:
+    path = folder / "adapter_config.json"
+    config = _read_json(path)
+    if config.get("peft_type") != "LORA":
+        raise BadInput(f"{path}: field 'peft_type' is {config.get('peft_type')!r}; only LORA adapters can be used")
+    weights = folder / "adapter_model.safetensors"
+    if not weights.is_file():
+        raise BadInput(f"{folder}: adapter_model.safetensors is missing; export the adapter in safetensors format")
+    parameters, dtype = _weights([weights])
+    base = config.get("base_model_name_or_path") or None
+    return Facts(kind="adapter", family="lora", parameters=parameters, dtype=dtype, base=base)
+
+
+def _parent(folder: Path, base: str | None, store: Store) -> ModelCard:
+    if base is None:
+        raise BadInput(
+            f"{folder / 'adapter_config.json'}: field 'base_model_name_or_path' is empty; name the base with --base"
+        )
+    try:
+        return store.card(base)
+    except UnknownName:
+        pass
+    # Adapters made elsewhere name a hub repository, such as org/Model-Name; its last part is how we call models.
+    short = base.rstrip("/").rsplit("/", 1)[-1].lower()
+    try:
+        return store.card(short)
+    except UnknownName as error:
+        raise BadInput(
+            f"{folder}: the adapter's base model {base!r} is not in the store ({error}); pull or import it first, or "
+            f"name the stored base with --base"
+        ) from error
+
+
+def _card(
+    facts: Facts, name: str, source: str, licence: str, family: str, parent: ModelCard | None
+) -> ModelCard:
+    return ModelCard(
+        id=name,
+        family=family or (parent.family if parent else facts.family),
+        source=source,
+        licence=licence,
+        sha256="",
+        kind=facts.kind,
+        parent=parent.id if parent else None,
+        parameters=facts.parameters,
+        dtype=facts.dtype,
+        context=facts.context or (parent.context if parent else 0),
+    )
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        shards = sorted(set(_read_json(index).get("weight_map", {}).values()))
+        missing = [shard for shard in shards if not (folder / shard).is_file()]
+        if missing or not shards:
+            raise BadInput(f"{folder}: {index.name} lists files that are missing: {', '.join(missing) or 'none listed'}")
+        return [folder / shard for shard in shards]
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    pickled = next((file.name for file in folder.glob("pytorch_model*.bin")), None)
+    why = f"; {pickled} is pickled and is not read because it can run code" if pickled else ""
+    raise BadInput(f"{folder}: has no model.safetensors{why}")
+
+
+def _weights(files: list[Path]) -> tuple[int, str]:
+    """Return the number of parameters in safetensors files and the dtype that most of them have."""
+    counts: dict[str, int] = {}
+    for file in files:
+        for tensor in _safetensors_header(file).values():
+            size = 1
+            for length in tensor["shape"]:
+                size *= length
+            counts[tensor["dtype"]] = counts.get(tensor["dtype"], 0) + size
+    main = max(counts, key=lambda dtype: counts[dtype])
+    if main not in _SAFETENSORS_DTYPES:
+        raise BadInput(f"{files[0]}: holds {main} tensors; floating-point weights are needed")
+    return sum(counts.values()), _SAFETENSORS_DTYPES[main]
+
+
+def _safetensors_header(file: Path) -> dict[str, Any]:
+    """Return name → {dtype, shape, data_offsets}, having checked that the file is as long as its header says."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+            raise Corrupt(f"{file}: is not a safetensors file or is cut off; fetch it again")
+        try:
+            header = json.loads(stream.read(length))
+            tensors = {name: tensor for name, tensor in header.items() if name != "__metadata__"}
+            end = max(tensor["data_offsets"][1] for tensor in tensors.values())
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise Corrupt(f"{file}: its safetensors header does not parse ({error}); fetch it again") from error
+    if size != 8 + length + end:
+        raise Corrupt(f"{file}: is {size} bytes long but its header describes {8 + length + end}; fetch it again")
+    return tensors
+
+
+def _gguf_parameters(gguf: Path) -> int:
+    from gguf import GGUFReader
+
+    try:
+        return sum(int(tensor.n_elements) for tensor in GGUFReader(str(gguf)).tensors)
+    except (ValueError, IndexError, KeyError) as error:
+        raise Corrupt(
+            f"{gguf}: is not a whole GGUF file ({error}); its sha256 is {sha256_file(gguf)}. Fetch it again"
+        ) from error
+
+
+def _forget_paths(folder: Path) -> None:
+    """Drop the fields in which transformers notes the folder it loaded from, so that equal models hash equally."""
+    for file in folder.glob("*.json"):
+        content = _read_json(file)
+        stale = {"_name_or_path", "name_or_path"} & content.keys()
+        if stale:
+            kept = {key: value for key, value in content.items() if key not in stale}
+            file.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise Corrupt(f"{path}: is not JSON ({error}); fetch it again") from error
+    if not isinstance(content, dict):
+        raise Corrupt(f"{path}: must hold a JSON object; fetch it again")
+    return content

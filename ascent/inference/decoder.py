@@ -1,0 +1,349 @@
+"""One decoder for training and sampling: the Llama family, written plainly.
+
+Llama, Mistral, Qwen2 and Qwen3 differ in three switches (bias on q/k/v, RMS norm on q/k, tied embeddings), so one page
+of arithmetic serves them all. Two ways through it:
+
+- `hidden_packed`: whole sequences laid end to end without padding, for training and scoring. Only attention sees a
+  padded view, whose right-hand padding a causal mask makes harmless.
+- `hidden_cached`: new tokens on top of key/value caches, for sampling (`sampler.py`).
+
+Shape letters: T tokens of all sequences, B rows, D model width, H query heads, K key/value heads, G = H/K, E head size,
+V vocabulary, P shared-prefix tokens, S cached tokens per row.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ascent.inference.lora import Linear
+from ascent.records.errors import BadInput, Corrupt
+
+ARCHITECTURES = {
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "mistral",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+}
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """The numbers of a checkpoint's `config.json` that the arithmetic needs."""
+
+    architecture: str
+    vocab: int
+    width: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    mlp: int
+    norm_eps: float
+    rope_theta: float
+    rope_scaling: dict[str, Any] | None
+    qkv_bias: bool
+    output_bias: bool
+    qk_norm: bool
+    tied: bool
+    context: int
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> DecoderConfig:
+        """Read a Hugging Face `config.json`. Raises `BadInput` for an architecture outside the family."""
+        try:
+            raw = json.loads((folder / "config.json").read_text())
+        except (OSError, ValueError) as error:
+            raise Corrupt(f"{folder / 'config.json'} is missing or not JSON ({error}); pull or import again") from error
+        architecture = (raw.get("architectures") or ["?"])[0]
+        if architecture not in ARCHITECTURES:
+            raise BadInput(
+                f"architecture {architecture} cannot be run by the embedded engine; it runs "
+                f"{', '.join(ARCHITECTURES)}. Serve the model elsewhere and use it as a remote engine"
+            )
+        family = ARCHITECTURES[architecture]
+        if raw.get("sliding_window") and (family == "mistral" or raw.get("use_sliding_window")):
+            raise BadInput(f"{folder}: sliding-window attention is not supported; use a checkpoint without it")
+        rope = raw.get("rope_parameters") or {}
+        scaling = raw.get("rope_scaling") or (rope if rope.get("rope_type", "default") != "default" else None)
+        heads = raw["num_attention_heads"]
+        return cls(
+            architecture=architecture,
+            vocab=raw["vocab_size"],
+            width=raw["hidden_size"],
+            layers=raw["num_hidden_layers"],
+            heads=heads,
+            kv_heads=raw.get("num_key_value_heads") or heads,
+            head_size=raw.get("head_dim") or raw["hidden_size"] // heads,
+            mlp=raw["intermediate_size"],
+            norm_eps=raw["rms_norm_eps"],
+            rope_theta=float(raw.get("rope_theta") or rope.get("rope_theta") or 10000.0),
+            rope_scaling=scaling,
+            qkv_bias=family == "qwen2" or bool(raw.get("attention_bias")),
+            output_bias=bool(raw.get("attention_bias")) and family != "qwen2",
+            qk_norm=family == "qwen3",
+            tied=bool(raw.get("tie_word_embeddings")),
+            context=int(raw.get("max_position_embeddings") or 2048),
+        )
+
+
+@dataclass
+class Cache:
+    """Keys and values of rows in flight. `keys[layer]` is [B, K, S, E]; `used_B` counts filled places per row.
+
+    `prefix_keys[layer]` [K, P, E] belong to every row and are kept once.
+    """
+
+    keys: list[Tensor]
+    values: list[Tensor]
+    used_B: Tensor
+    prefix_keys: list[Tensor]
+    prefix_values: list[Tensor]
+    prefix: int = 0
+
+    def select(self, rows: Tensor) -> None:
+        """Keep only these rows, in this order (repeats allowed)."""
+        self.keys = [key.index_select(0, rows) for key in self.keys]
+        self.values = [value.index_select(0, rows) for value in self.values]
+        self.used_B = self.used_B.index_select(0, rows)
+
+
+class Packing:
+    """Where each token of end-to-end laid sequences stands: positions, and its place in a padded [N, L] view."""
+
+    def __init__(self, lengths: Sequence[int], device: torch.device | None = None) -> None:
+        self.lengths = list(lengths)
+        self.rows, self.longest = len(self.lengths), max(self.lengths)
+        sizes = torch.tensor(self.lengths)
+        starts = torch.cumsum(sizes, 0) - sizes
+        row_T = torch.repeat_interleave(torch.arange(self.rows), sizes)
+        self.positions_T = (torch.arange(int(sizes.sum())) - starts[row_T]).to(device)
+        self.flat_T = (row_T.to(device) * self.longest + self.positions_T)
+
+    def pad(self, x_THE: Tensor) -> Tensor:
+        """[T, H, E] → [N, H, L, E] with zeros on the right."""
+        heads, size = x_THE.shape[1:]
+        if self.rows * self.longest == x_THE.shape[0]:
+            padded = x_THE
+        else:
+            padded = x_THE.new_zeros(self.rows * self.longest, heads, size).index_copy(0, self.flat_T, x_THE)
+        return padded.view(self.rows, self.longest, heads, size).transpose(1, 2)
+
+    def unpad(self, x_NHLE: Tensor) -> Tensor:
+        """[N, H, L, E] → [T, H*E]."""
+        flat = x_NHLE.transpose(1, 2).reshape(self.rows * self.longest, -1)
+        return flat if flat.shape[0] == self.flat_T.shape[0] else flat.index_select(0, self.flat_T)
+
+
+class Norm(nn.Module):
+    """Root-mean-square norm (Zhang and Sennrich 2019, arXiv 1910.07467), computed in fp32."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x / rms(x) * weight, in x's dtype."""
+        scaled = F.rms_norm(x.float(), x.shape[-1:], None, self.eps).to(x.dtype)
+        return scaled * self.weight.to(x.dtype)
+
+
+class Layer(nn.Module):
+    """Pre-norm attention and SwiGLU; q/k/v and gate/up are one matrix product each."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        c = config
+        self.config = c
+        kv = c.kv_heads * c.head_size
+        q = c.heads * c.head_size
+        self.norm_attention = Norm(c.width, c.norm_eps)
+        self.qkv = Linear(c.width, {"q_proj": q, "k_proj": kv, "v_proj": kv}, bias=c.qkv_bias)
+        self.out = Linear(q, {"o_proj": c.width}, bias=c.output_bias)
+        self.norm_mlp = Norm(c.width, c.norm_eps)
+        self.gate_up = Linear(c.width, {"gate_proj": c.mlp, "up_proj": c.mlp})
+        self.down = Linear(c.mlp, {"down_proj": c.width})
+        self.norm_q = Norm(c.head_size, c.norm_eps) if c.qk_norm else None
+        self.norm_k = Norm(c.head_size, c.norm_eps) if c.qk_norm else None
+
+    def project(self, x_TD: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return q [T,H,E], k [T,K,E], v [T,K,E] with rotary positions applied to q and k."""
+        c = self.config
+        qkv = self.qkv(self.norm_attention(x_TD))
+        sizes = [c.heads * c.head_size, c.kv_heads * c.head_size, c.kv_heads * c.head_size]
+        q, k, v = (part.unflatten(-1, (-1, c.head_size)) for part in qkv.split(sizes, dim=-1))
+        if self.norm_q is not None and self.norm_k is not None:
+            q, k = self.norm_q(q), self.norm_k(k)
+        return rotate(q, rope), rotate(k, rope), v
+
+    def mlp(self, x_TD: Tensor) -> Tensor:
+        """Add the SwiGLU block (Shazeer 2020, arXiv 2002.05202)."""
+        gate, up = self.gate_up(self.norm_mlp(x_TD)).chunk(2, dim=-1)
+        return x_TD + self.down(F.silu(gate) * up)
+
+
+def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotary position embedding (Su et al. 2021, arXiv 2104.09864) in the half-split layout of Hugging Face."""
+    cos, sin = rope
+    half = x.shape[-1] // 2
+    first, second = x[..., :half], x[..., half:]
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+class Decoder(nn.Module):
+    """A causal language model. Trainable tensors are kept in fp32 by their owner and cast to `dtype` in use."""
+
+    def __init__(self, config: DecoderConfig, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.config, self.dtype = config, dtype
+        self.embedding = nn.Parameter(torch.zeros(config.vocab, config.width))
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
+        self.norm = Norm(config.width, config.norm_eps)
+        self.head = None if config.tied else nn.Parameter(torch.zeros(config.vocab, config.width))
+        self.register_buffer("frequencies", rope_frequencies(config), persistent=False)
+
+    @property
+    def blocks(self) -> Iterator[Layer]:
+        """The layers, typed."""
+        for layer in self.layers:
+            assert isinstance(layer, Layer)
+            yield layer
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The [V, D] output matrix in compute dtype (the embedding itself when tied)."""
+        weight = self.embedding if self.head is None else self.head
+        return weight.to(self.dtype)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.embedding.device
+
+    def linears(self) -> Iterator[tuple[int, Linear]]:
+        """Every linear layer that LoRA may adapt, with its layer index."""
+        for index, layer in enumerate(self.blocks):
+            for linear in (layer.qkv, layer.out, layer.gate_up, layer.down):
+                yield index, linear
+
+    def rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Return cos and sin [.., 1, E/2] for these positions."""
+        angles = positions.float().unsqueeze(-1) * self.frequencies  # type: ignore[operator]
+        return angles.cos().unsqueeze(-2).to(self.dtype), angles.sin().unsqueeze(-2).to(self.dtype)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Look token ids up."""
+        return F.embedding(tokens, self.embedding).to(self.dtype)
+
+    def hidden_packed(self, tokens_T: Tensor, lengths: Sequence[int]) -> Tensor:
+        """Return the final hidden states [T, D] of sequences laid end to end; no sequence sees another."""
+        packing = Packing(lengths, tokens_T.device)
+        rope = self.rope(packing.positions_T)
+        x = self.embed(tokens_T)
+        for layer in self.blocks:
+            q, k, v = layer.project(x, rope)
+            attended = F.scaled_dot_product_attention(
+                packing.pad(q), packing.pad(k), packing.pad(v), is_causal=True, enable_gqa=k.shape[1] != q.shape[1]
+            )
+            x = layer.mlp(x + layer.out(packing.unpad(attended)))
+        final: Tensor = self.norm(x)
+        return final
+
+    def save(self, folder: Path) -> None:
+        """Write `model.safetensors` under Hugging Face names, any adapter merged, in the weights' own dtype."""
+        tensors: dict[str, Tensor] = {"model.embed_tokens.weight": self.embedding, "model.norm.weight": self.norm.weight}
+        if self.head is not None:
+            tensors["lm_head.weight"] = self.head
+        for index, layer in enumerate(self.blocks):
+            prefix = f"model.layers.{index}."
+            for norm, name in _norms(layer):
+                tensors[f"{prefix}{name}.weight"] = norm.weight
+            for linear in (layer.qkv, layer.out, layer.gate_up, layer.down):
+                for part, weight, bias in linear.split():
+                    tensors[f"{prefix}{_block(part)}.{part}.weight"] = weight
+                    if bias is not None:
+                        tensors[f"{prefix}{_block(part)}.{part}.bias"] = bias
+        save_file(
+            {name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()},
+            folder / "model.safetensors",
+            {"format": "pt"},
+        )
+
+
+def rope_frequencies(config: DecoderConfig) -> Tensor:
+    """Inverse frequencies [E/2]; linear and llama3 scaling as published with those checkpoints."""
+    base = config.rope_theta ** (-torch.arange(0, config.head_size, 2).float() / config.head_size)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return base
+    kind = scaling.get("rope_type") or scaling.get("type")
+    if kind == "linear":
+        return base / scaling["factor"]
+    if kind == "llama3":
+        old, low, high = (
+            scaling["original_max_position_embeddings"],
+            scaling["low_freq_factor"],
+            scaling["high_freq_factor"],
+        )
+        turns = old * base / (2 * math.pi)
+        blend = ((turns - low) / (high - low)).clamp(0, 1)
+        return base * (blend + (1 - blend) / scaling["factor"])
+    raise BadInput(f"rope scaling {kind!r} is not supported; supported: default, linear, llama3")
+
+
+def load_decoder(folder: Path, dtype: torch.dtype = torch.float32) -> Decoder:
+    """Load a Hugging Face folder (one or many safetensors files) into a frozen decoder.
+
+    Raises:
+        Corrupt: a weight is missing or has the wrong shape.
+    """
+    config = DecoderConfig.from_folder(folder)
+    raw: dict[str, Tensor] = {}
+    files = sorted(folder.glob("model*.safetensors"))
+    if not files:
+        raise Corrupt(f"{folder} holds no model*.safetensors; pull or import the model again")
+    for file in files:
+        raw.update(load_file(file))
+    with torch.device("meta"):
+        model = Decoder(config, dtype)
+
+    def take(name: str, shape: torch.Size) -> nn.Parameter:
+        if name not in raw or raw[name].shape != shape:
+            found = tuple(raw[name].shape) if name in raw else "nothing"
+            raise Corrupt(f"{folder}: weight {name} should have shape {tuple(shape)}, found {found}")
+        return nn.Parameter(raw.pop(name).to(dtype), requires_grad=False)
+
+    model.embedding = take("model.embed_tokens.weight", model.embedding.shape)
+    model.norm.weight = take("model.norm.weight", model.norm.weight.shape)
+    if model.head is not None:
+        model.head = take("lm_head.weight", model.head.shape)
+    for index, layer in enumerate(model.blocks):
+        prefix = f"model.layers.{index}."
+        for norm, name in _norms(layer):
+            norm.weight = take(f"{prefix}{name}.weight", norm.weight.shape)
+        for linear in (layer.qkv, layer.out, layer.gate_up, layer.down):
+            linear.fill(take, lambda part, kind, at=prefix: f"{at}{_block(part)}.{part}.{kind}")
+    model.frequencies = rope_frequencies(config)
+    return model
+
+
+def _norms(layer: Layer) -> Iterator[tuple[Norm, str]]:
+    yield layer.norm_attention, "input_layernorm"
+    yield layer.norm_mlp, "post_attention_layernorm"
+    if layer.norm_q is not None and layer.norm_k is not None:
+        yield layer.norm_q, "self_attn.q_norm"
+        yield layer.norm_k, "self_attn.k_norm"
+
+
+def _block(part: str) -> str:
+    return "self_attn" if part in ("q_proj", "k_proj", "v_proj", "o_proj") else "mlp"

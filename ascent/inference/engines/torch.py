@@ -1,0 +1,119 @@
+"""The embedded engine: our decoder, in this process."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from ascent.inference.chat import Renderer
+from ascent.inference.decoder import Decoder, load_decoder
+from ascent.inference.engine import Completion, Prompt, Sampling
+from ascent.inference.lora import adapter_hash
+from ascent.inference.sampler import Row, sample_rows
+from ascent.records import FinishReason
+from ascent.records.errors import BadInput
+
+ROWS_IN_FLIGHT = 64
+
+
+class TorchEngine:
+    """Samples from a `Decoder`. `model` names the policy; `policy` is the hash of the adapter last synchronised."""
+
+    def __init__(
+        self, decoder: Decoder, renderer: Renderer, model: str, *, rows_in_flight: int = ROWS_IN_FLIGHT
+    ) -> None:
+        self.decoder, self.renderer, self.model = decoder, renderer, model
+        self.rows_in_flight = rows_in_flight
+        self.policy = ""
+
+    @classmethod
+    def load(cls, folder: Path, model: str, dtype: torch.dtype = torch.bfloat16) -> TorchEngine:
+        """Load a Hugging Face folder of the store."""
+        return cls(load_decoder(folder, dtype), Renderer(folder), model)
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        on_done: Callable[[int], None] | None = None,
+    ) -> list[list[Completion]]:
+        """Sample. Raises `BadInput` when a prompt and `max_tokens` together exceed the model's context."""
+        if not prompts:
+            return []
+        ids = [self.renderer.prompt_ids(prompt.messages) for prompt in prompts]
+        limit = self.decoder.config.context
+        for index, tokens in enumerate(ids):
+            if len(tokens) + sampling.max_tokens > limit:
+                raise BadInput(
+                    f"prompt {index} has {len(tokens)} tokens and max_tokens is {sampling.max_tokens}; together they "
+                    f"exceed the context of {limit}. Shorten the prompt or lower max_tokens"
+                )
+        rows = sample_rows(
+            self.decoder,
+            ids,
+            n=sampling.n,
+            max_tokens=sampling.max_tokens,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            seeds=[stream_seed(sampling.seed, tokens, index) for index, tokens in enumerate(ids)],
+            end_ids=frozenset(self.renderer.end_ids),
+            is_stopped=lambda tokens: bool(sampling.stop) and self._cut(tokens, sampling.stop) is not None,
+            rows_in_flight=self.rows_in_flight,
+            on_done=on_done,
+        )
+        return [[self._completion(row, ids[row.prompt], sampling) for row in group] for group in rows]
+
+    def synchronise(self, trained: Decoder) -> str:
+        """Copy the trained policy (base + adapter, merged) into this sampling copy and return its hash."""
+        with torch.no_grad():
+            for (_, mine), (_, theirs) in zip(self.decoder.linears(), trained.linears(), strict=True):
+                delta = theirs.delta()
+                merged = theirs.weight if delta is None else theirs.weight.float() + delta
+                mine.weight.copy_(merged)
+            if trained.embedding.requires_grad:
+                for mine_p, theirs_p in zip(
+                    _other_weights(self.decoder), _other_weights(trained), strict=True
+                ):
+                    mine_p.copy_(theirs_p)
+        self.policy = adapter_hash(trained)
+        return self.policy
+
+    def _completion(self, row: Row, prompt_ids: list[int], sampling: Sampling) -> Completion:
+        tokens = row.tokens
+        stopped = tokens[-1] in self.renderer.end_ids
+        text = self.renderer.decode(tokens[:-1] if stopped else tokens)
+        cut = self._cut(tokens, sampling.stop) if sampling.stop else None
+        finish = FinishReason.stop if stopped or cut is not None else FinishReason.length
+        return Completion(
+            text=text if cut is None else cut,
+            token_ids=tuple(tokens),
+            logps=tuple(row.logps),
+            finish=finish,
+            prompt_ids=tuple(prompt_ids),
+        )
+
+    def _cut(self, tokens: list[int], stop: tuple[str, ...]) -> str | None:
+        """Return the text before the first stop string, or None when there is none."""
+        text = self.renderer.decode(tokens)
+        places = [at for at in (text.find(word) for word in stop) if at >= 0]
+        return text[: min(places)] if places else None
+
+
+def stream_seed(seed: int, tokens: Sequence[int], index: int) -> int:
+    """A seed for one prompt that depends on the call's seed, the prompt's tokens and its place, nothing else."""
+    text = f"{seed}:{index}:{','.join(map(str, tokens))}"
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6])
+
+
+def _other_weights(model: Decoder) -> list[torch.Tensor]:
+    """Weights outside the linear layers, which only full fine-tuning changes."""
+    weights: list[torch.Tensor] = [model.embedding, model.norm.weight]
+    if model.head is not None:
+        weights.append(model.head)
+    for layer in model.blocks:
+        weights += [norm.weight for norm in (layer.norm_attention, layer.norm_mlp, layer.norm_q, layer.norm_k) if norm]
+        weights += [part.bias for part in (layer.qkv, layer.out) if part.bias is not None]
+    return weights
