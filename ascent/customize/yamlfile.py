@@ -1,8 +1,8 @@
 """YAML files that people write: read into a pydantic model, with every mistake named by file, line and key.
 
-Scalars follow the YAML 1.2 core schema, because YAML 1.1 turns `no` into false, `12:30` into 750 and leaves `1e-5` a
-string. Keys may not repeat. A mistake raises `BadRecipe`; several mistakes are listed in one error, so that one edit
-can mend them all.
+Scalars follow the YAML 1.2 core schema, because YAML 1.1 turns `no` into false, `12:30` into 750 and leaves
+`1e-5` a string. Keys may not repeat. A mistake raises `BadRecipe`; several mistakes are listed in one error,
+so that one edit can mend them all.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class YamlFile(Generic[M]):
     root: yaml.Node
 
     def line(self, *loc: int | str) -> int:
-        """Return the 1-based line of a key such as `("metrics", "guards", 0, "name")`, or of its nearest parent."""
+        """Return the 1-based line of a key such as `("metrics", "guards", 0)`, or of its parent."""
         return _find(self.root, loc)[0]
 
     def error(self, message: str, *loc: int | str) -> BadRecipe:
@@ -48,14 +48,15 @@ def load_yaml(path: Path, model: type[M]) -> M:
     """Read `path` as a `model`.
 
     Raises:
-        BadRecipe: the file is missing, empty, not UTF-8, not YAML, repeats a key, or does not fit the model. The
+        BadRecipe: the file is missing, empty, not UTF-8, not YAML, repeats a key, or does not fit the model.
+        The
             message names file, line and key, and the nearest valid key for an unknown one.
     """
     return read_yaml(path, model).value
 
 
 def read_yaml(path: Path, model: type[M]) -> YamlFile[M]:
-    """Read `path` as a `model` and keep the lines of its keys, for checks that follow. Raises as `load_yaml`."""
+    """Read `path` as a `model` and keep the lines of its keys. Raises as `load_yaml`."""
     root = _compose(path, model)
     _refuse_repeated_keys(path, root)
     loader = _CoreLoader("")
@@ -81,12 +82,9 @@ def read_yaml(path: Path, model: type[M]) -> YamlFile[M]:
 class _CoreLoader(yaml.SafeLoader):
     """A safe loader with the scalars of the YAML 1.2 core schema."""
 
-    yaml_implicit_resolvers: typing.ClassVar[dict[str, list[Any]]] = {}
 
-
-_CoreLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:null", re.compile(r"^(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""]
-)
+_CoreLoader.yaml_implicit_resolvers = {}  # without those of YAML 1.1, which the base class would lend
+_CoreLoader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"^(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""])
 _CoreLoader.add_implicit_resolver(
     "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
 )
@@ -97,8 +95,14 @@ _FLOAT = re.compile(
 )
 _CoreLoader.add_implicit_resolver("tag:yaml.org,2002:int", _INT, list("-+0123456789"))
 _CoreLoader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
-# YAML 1.1 reads 010 as octal; the core schema reads ten.
-_CoreLoader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node)))
+
+
+def _decimal(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
+    """Read 010 as ten, where YAML 1.1 means octal."""
+    return int(loader.construct_scalar(node))
+
+
+_CoreLoader.add_constructor("tag:yaml.org,2002:int", _decimal)
 
 
 def _compose(path: Path, model: type[BaseModel]) -> yaml.Node:
@@ -124,7 +128,9 @@ def _compose(path: Path, model: type[BaseModel]) -> yaml.Node:
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         raise BadRecipe(
-            f"character U+{ord(text[error.position]):04X} may not stand in YAML; delete it", file=path, line=line
+            f"character U+{ord(text[error.position]):04X} may not stand in YAML; delete it",
+            file=path,
+            line=line,
         ) from error
     if root is None:
         needed = [name for name, field in model.model_fields.items() if field.is_required()]
@@ -185,7 +191,7 @@ def _explain(path: Path, root: yaml.Node, model: type[BaseModel], error: Validat
         line, shown, node, whole = _find(root, detail["loc"])
         if detail["type"] == "missing":
             shown = (*shown, detail["loc"][-1])
-        entry = (line, _dotted(shown), _message(detail, _keys_at(model, detail["loc"])))
+        entry = (line, _dotted(shown), _message(detail, _keys_at(model, detail)))
         kept = unmeant if _is_other_branch(detail, node, whole) else found
         if entry not in kept:
             kept.append(entry)
@@ -214,13 +220,15 @@ def _message(detail: ErrorDetails, keys: Sequence[str]) -> str:
         return f"the key {context.get('discriminator', 'that names the kind')} is required and missing; add it"
     if kind in ("value_error", "assertion_error"):
         return detail["msg"].partition(", ")[2]
+    if kind == "model_type":
+        return f"a mapping with the keys {', '.join(keys)} belongs here, not {_kind(detail['input'])}"
     given = repr(detail["input"])
     given = given if len(given) <= 60 else given[:57] + "..."
     return f"{detail['msg'][:1].lower()}{detail['msg'][1:]}, not {given} ({_kind(detail['input'])})"
 
 
 def _is_other_branch(detail: ErrorDetails, node: yaml.Node, whole: bool) -> bool:
-    """True for the complaint of a union's branch that the author plainly did not mean (`str` for a mapping)."""
+    """True for the complaint of a union's branch that the author did not mean (text for a mapping)."""
     kind = detail["type"]
     wants_scalar = kind.endswith("_type") and kind not in ("model_type", "dict_type", "model_attributes_type")
     return isinstance(node, yaml.MappingNode) and wants_scalar and not whole
@@ -229,8 +237,8 @@ def _is_other_branch(detail: ErrorDetails, node: yaml.Node, whole: bool) -> bool
 def _find(root: yaml.Node, loc: Sequence[int | str]) -> tuple[int, Loc, yaml.Node, bool]:
     """Follow `loc` through the nodes; parts that are no key (the tag of a union's branch) are stepped over.
 
-    Returns the line, the location without the stepped-over parts, the node reached, and whether the last part of
-    `loc` was a key or an index.
+    Returns the line, the location without the stepped-over parts, the node reached, and whether the last part
+    of `loc` was a key or an index.
     """
     node, line, shown, stepped = root, root.start_mark.line + 1, list[int | str](), True
     for part in loc:
@@ -247,13 +255,14 @@ def _find(root: yaml.Node, loc: Sequence[int | str]) -> tuple[int, Loc, yaml.Nod
     return line, tuple(shown), node, stepped
 
 
-def _keys_at(model: type[BaseModel], loc: Loc) -> list[str]:
-    """Return the valid keys of the model that holds the last part of `loc`."""
+def _keys_at(model: type[BaseModel], detail: ErrorDetails) -> list[str]:
+    """Return the valid keys of the model that was expected at, or holds, the last part of the location."""
+    loc = detail["loc"] if detail["type"] == "model_type" else detail["loc"][:-1]
     at: list[Any] = [model]
-    for part in loc[:-1]:
-        at = [step for kind in at for step in _step(kind, part)] or [
-            kind for kind in at if _is_tagged(kind, part)
-        ] or at
+    for part in loc:
+        at = (
+            [step for kind in at for step in _step(kind, part)] or [kind for kind in at if _is_tagged(kind, part)] or at
+        )
     return sorted({key for kind in at if _is_model(kind) for key in _key_names(kind)})
 
 

@@ -1,19 +1,22 @@
 """Conversion into the store's one format: a Hugging Face folder with safetensors, a tokenizer and a card.
 
-GGUF files are dequantised once, here; everything else in Ascent only ever loads the folder. Models below 300 million
-parameters are kept in float32 (they are small, and a dequantised weight is a product of two float16 numbers that
-bfloat16 would round), larger ones in bfloat16. The card records which.
+GGUF files are dequantised once, here; everything else in Ascent only ever loads the folder. Models below 300
+million parameters are kept in float32 (they are small, and a dequantised weight is a product of two float16
+numbers that bfloat16 would round), larger ones in bfloat16. The card records which.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from ascent.inference.chat import separate_pad
 from ascent.inference.store import Store, require_space
 from ascent.records import ModelCard
 from ascent.records.errors import BadInput, Corrupt, UnknownName
@@ -22,7 +25,6 @@ from ascent.records.files import sha256_file
 Dtype = Literal["float32", "bfloat16"]
 FLOAT32_BELOW = 300_000_000
 MAX_HEADER_BYTES = 100_000_000  # the safetensors format's own limit
-PAD_TOKENS = ("<|endoftext|>", "<pad>", "[PAD]", "<|pad|>", "<|padding|>", "<|finetune_right_pad_id|>")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
 _BYTES = {"float32": 4, "bfloat16": 2}
 _SAFETENSORS_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -52,20 +54,21 @@ def import_model(
     base: str | None = None,
     dtype: Dtype | None = None,
 ) -> Path:
-    """Bring a GGUF file, a safetensors folder or a PEFT adapter folder into the store; return the stored folder.
+    """Bring a GGUF file, a safetensors folder or an adapter folder into the store; return the stored folder.
 
     Args:
         path: the GGUF file or the folder.
         name: what the model shall be called.
         store: where it goes.
-        source: where it came from, for the card; default: the file's name.
+        source: where it came from, for the card; default: the file's name. A GGUF file's sha256 is appended.
         licence: SPDX identifier of the weights.
         family: shown in lists; default: the architecture.
         base: for an adapter, the stored base model; default: what its `adapter_config.json` names.
         dtype: for GGUF, the precision to keep; default: by size (see the module).
 
     Raises:
-        BadInput: the path is none of the three, or something in it is missing; the message names the file and field.
+        BadInput: the path is none of the three, or something in it is missing; the message names the file and
+            field.
         Corrupt: a file is cut off or not what its name says.
         NoSpace: the disk is full; the store is as it was.
     """
@@ -83,9 +86,11 @@ def import_model(
         magic = file.read(4)
     if magic != b"GGUF":
         raise BadInput(
-            f"{path} is not a GGUF file (it begins with {magic!r}); give a GGUF file, a folder with config.json and "
-            f"*.safetensors, or a PEFT adapter folder. Pickled weights (.bin, .pt) are not read because they can run code"
+            f"{path} is not a GGUF file (it begins with {magic!r}); give a GGUF file, a folder with "
+            "config.json and *.safetensors, or a PEFT adapter folder. Pickled weights (.bin, .pt) are not "
+            "read because they can run code"
         )
+    origin = f"{origin}@{sha256_file(path)}"
     store.root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=store.root, prefix=".convert-") as scratch:
         folder = Path(scratch)
@@ -96,16 +101,16 @@ def import_model(
 def convert_gguf(gguf: Path, out: Path, *, dtype: Dtype | None = None) -> None:
     """Write the model and tokenizer of a GGUF file to the folder `out` as unquantised safetensors.
 
-    Embedding and output matrices that the file stores apart stay apart, even when they are nearly equal. The pad
-    token is set apart from the end token where the vocabulary has one, because a loss that masks padding would
-    otherwise mask the end token too and the model would never learn to stop.
+    Embedding and output matrices that the file stores apart stay apart, even when they are nearly equal. The
+    pad token is set apart from the end token where the vocabulary has one, because a loss that masks padding
+    would otherwise mask the end token too and the model would never learn to stop.
 
     Raises:
         BadInput: the architecture is not one that transformers can read from GGUF.
         Corrupt: the file is cut off or malformed.
         NoSpace: the result would not fit on the disk.
     """
-    parameters = _gguf_parameters(gguf)
+    parameters, pre_tokenizer = _gguf_facts(gguf)
     kept: Dtype = dtype or ("float32" if parameters < FLOAT32_BELOW else "bfloat16")
     require_space(out, parameters * _BYTES[kept] + 50_000_000, f"the converted {gguf.name}")
     import torch
@@ -113,23 +118,27 @@ def convert_gguf(gguf: Path, out: Path, *, dtype: Dtype | None = None) -> None:
 
     place = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(**place)
-        loaded = AutoModelForCausalLM.from_pretrained(
-            **place,
-            dtype=getattr(torch, kept),
-            quantization_config=GgufConfig(gguf_file=gguf.name, dequantize=True),
-        )
+        with _without_bars():
+            tokenizer = AutoTokenizer.from_pretrained(**place)
+            loaded = AutoModelForCausalLM.from_pretrained(
+                **place,
+                dtype=getattr(torch, kept),
+                quantization_config=GgufConfig(gguf_file=gguf.name, dequantize=True),
+            )
     except (ValueError, NotImplementedError, KeyError) as error:
         raise BadInput(
-            f"{gguf}: transformers cannot convert this GGUF file ({error}); use the model's safetensors release: "
-            f"ascent models import FOLDER"
+            f"{gguf}: transformers cannot convert this GGUF file ({error}); use the model's safetensors "
+            f"release: ascent models import FOLDER"
         ) from error
     config = loaded.config
     for stale in ("quantization_config", "_pre_quantization_dtype"):
         if hasattr(config, stale):
             delattr(config, stale)
     separate_pad(tokenizer)
-    # A fresh instance, filled with the loaded tensors, carries nothing of the quantised loading into the files.
+    _restore_pre_tokenizer(tokenizer, pre_tokenizer)
+    tokenizer.model_max_length = config.max_position_embeddings
+    # A fresh instance, filled with the loaded tensors, carries nothing of the quantised loading into the
+    # files.
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, kept))
     model.load_state_dict(loaded.state_dict(), assign=True)
@@ -137,25 +146,10 @@ def convert_gguf(gguf: Path, out: Path, *, dtype: Dtype | None = None) -> None:
     model.generation_config = loaded.generation_config
     for holder in (model.config, model.generation_config):
         holder.pad_token_id = tokenizer.pad_token_id
-    model.save_pretrained(out, max_shard_size="1000GB")
+    with _without_bars():
+        model.save_pretrained(out, max_shard_size="1000GB")
     tokenizer.save_pretrained(out)
     _forget_paths(out)
-
-
-def separate_pad(tokenizer: Any) -> bool:
-    """Give `tokenizer` a pad token that is not an end token; return whether it had to be changed.
-
-    A tokenizer whose vocabulary has no usable pad token is left as it is: then masks must come from lengths, which
-    is what Ascent's own batches do in any case.
-    """
-    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id != tokenizer.eos_token_id:
-        return False
-    vocabulary = tokenizer.get_vocab()
-    for token in PAD_TOKENS:
-        if token in vocabulary and vocabulary[token] != tokenizer.eos_token_id:
-            tokenizer.pad_token = token
-            return True
-    return False
 
 
 def inspect_folder(folder: Path) -> Facts:
@@ -183,8 +177,8 @@ def inspect_folder(folder: Path) -> Facts:
         )
     if "quantization_config" in config:
         raise BadInput(
-            f"{folder / 'config.json'}: field 'quantization_config': the weights are quantised; import an unquantised "
-            f"release or the GGUF file"
+            f"{folder / 'config.json'}: field 'quantization_config': the weights are quantised; import an "
+            f"unquantised release or the GGUF file"
         )
     if not any((folder / file).is_file() for file in TOKENIZER_FILES):
         raise BadInput(f"{folder}: has no tokenizer ({', '.join(TOKENIZER_FILES)}); copy it from the model's release")
@@ -215,20 +209,19 @@ def _parent(folder: Path, base: str | None, store: Store) -> ModelCard:
         return store.card(base)
     except UnknownName:
         pass
-    # Adapters made elsewhere name a hub repository, such as org/Model-Name; its last part is how we call models.
+    # Adapters made elsewhere name a hub repository, such as org/Model-Name; its last part is how we call
+    # models.
     short = base.rstrip("/").rsplit("/", 1)[-1].lower()
     try:
         return store.card(short)
     except UnknownName as error:
         raise BadInput(
-            f"{folder}: the adapter's base model {base!r} is not in the store ({error}); pull or import it first, or "
-            f"name the stored base with --base"
+            f"{folder}: the adapter's base model {base!r} is not in the store ({error}); pull or import it "
+            f"first, or name the stored base with --base"
         ) from error
 
 
-def _card(
-    facts: Facts, name: str, source: str, licence: str, family: str, parent: ModelCard | None
-) -> ModelCard:
+def _card(facts: Facts, name: str, source: str, licence: str, family: str, parent: ModelCard | None) -> ModelCard:
     return ModelCard(
         id=name,
         family=family or (parent.family if parent else facts.family),
@@ -249,7 +242,9 @@ def _weight_files(folder: Path) -> list[Path]:
         shards = sorted(set(_read_json(index).get("weight_map", {}).values()))
         missing = [shard for shard in shards if not (folder / shard).is_file()]
         if missing or not shards:
-            raise BadInput(f"{folder}: {index.name} lists files that are missing: {', '.join(missing) or 'none listed'}")
+            raise BadInput(
+                f"{folder}: {index.name} lists files that are missing: {', '.join(missing) or 'none listed'}"
+            )
         return [folder / shard for shard in shards]
     if (folder / "model.safetensors").is_file():
         return [folder / "model.safetensors"]
@@ -274,7 +269,7 @@ def _weights(files: list[Path]) -> tuple[int, str]:
 
 
 def _safetensors_header(file: Path) -> dict[str, Any]:
-    """Return name → {dtype, shape, data_offsets}, having checked that the file is as long as its header says."""
+    """Return name → {dtype, shape, data_offsets}; the file is as long as its header says."""
     size = file.stat().st_size
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
@@ -291,22 +286,64 @@ def _safetensors_header(file: Path) -> dict[str, Any]:
     return tensors
 
 
-def _gguf_parameters(gguf: Path) -> int:
+def _gguf_facts(gguf: Path) -> tuple[int, str]:
+    """Return the number of parameters and the name of the pre-tokenizer."""
     from gguf import GGUFReader
 
     try:
-        return sum(int(tensor.n_elements) for tensor in GGUFReader(str(gguf)).tensors)
+        reader = GGUFReader(str(gguf))
+        pre = reader.get_field("tokenizer.ggml.pre")
+        return sum(int(tensor.n_elements) for tensor in reader.tensors), str(pre.contents()) if pre else ""
     except (ValueError, IndexError, KeyError) as error:
         raise Corrupt(
             f"{gguf}: is not a whole GGUF file ({error}); its sha256 is {sha256_file(gguf)}. Fetch it again"
         ) from error
 
 
+def _restore_pre_tokenizer(tokenizer: Any, name: str) -> None:
+    """Restore what comes before byte-pair merging and what transformers' GGUF reader leaves out.
+
+    A GGUF file holds only the rule's name. Under `smollm` every digit is cut off from its neighbours first;
+    without that, white space before a number is merged differently from what the model saw in training. Under
+    `qwen2` characters are composed first (NFC), so that an accent typed as a character of its own makes no
+    difference.
+    """
+    from tokenizers import normalizers, pre_tokenizers
+
+    if name == "qwen2":
+        tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+    if name != "smollm":
+        return
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
+    )
+
+
+@contextlib.contextmanager
+def _without_bars() -> Iterator[None]:
+    """Keep transformers' own progress bars off the terminal; they would tear the caller's display."""
+    from transformers import modeling_gguf_pytorch_utils as reader
+    from transformers.utils import logging
+
+    shown, bar = logging.is_progress_bar_enabled(), reader.tqdm
+    logging.disable_progress_bar()
+    reader.tqdm = lambda items, **_: items
+    try:
+        yield
+    finally:
+        reader.tqdm = bar
+        if shown:
+            logging.enable_progress_bar()
+
+
 def _forget_paths(folder: Path) -> None:
-    """Drop the fields in which transformers notes the folder it loaded from, so that equal models hash equally."""
+    """Drop what transformers notes about where and how it loaded, so that equal models hash equally."""
     for file in folder.glob("*.json"):
         content = _read_json(file)
-        stale = {"_name_or_path", "name_or_path"} & content.keys()
+        stale = {"_name_or_path", "name_or_path", "is_local", "local_files_only"} & content.keys()
         if stale:
             kept = {key: value for key, value in content.items() if key not in stale}
             file.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ascent.inference.lora import Linear
+from ascent.inference.lora import Linear, block_of
 from ascent.records.errors import BadInput, Corrupt
 
 ARCHITECTURES = {
@@ -127,7 +127,7 @@ class Packing:
         starts = torch.cumsum(sizes, 0) - sizes
         row_T = torch.repeat_interleave(torch.arange(self.rows), sizes)
         self.positions_T = (torch.arange(int(sizes.sum())) - starts[row_T]).to(device)
-        self.flat_T = (row_T.to(device) * self.longest + self.positions_T)
+        self.flat_T = row_T.to(device) * self.longest + self.positions_T
 
     def pad(self, x_THE: Tensor) -> Tensor:
         """[T, H, E] → [N, H, L, E] with zeros on the right."""
@@ -189,7 +189,8 @@ class Layer(nn.Module):
     def mlp(self, x_TD: Tensor) -> Tensor:
         """Add the SwiGLU block (Shazeer 2020, arXiv 2002.05202)."""
         gate, up = self.gate_up(self.norm_mlp(x_TD)).chunk(2, dim=-1)
-        return x_TD + self.down(F.silu(gate) * up)
+        added: Tensor = x_TD + self.down(F.silu(gate) * up)
+        return added
 
 
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
@@ -253,7 +254,11 @@ class Decoder(nn.Module):
         for layer in self.blocks:
             q, k, v = layer.project(x, rope)
             attended = F.scaled_dot_product_attention(
-                packing.pad(q), packing.pad(k), packing.pad(v), is_causal=True, enable_gqa=k.shape[1] != q.shape[1]
+                packing.pad(q),
+                packing.pad(k),
+                packing.pad(v),
+                is_causal=True,
+                enable_gqa=k.shape[1] != q.shape[1],
             )
             x = layer.mlp(x + layer.out(packing.unpad(attended)))
         final: Tensor = self.norm(x)
@@ -261,7 +266,10 @@ class Decoder(nn.Module):
 
     def save(self, folder: Path) -> None:
         """Write `model.safetensors` under Hugging Face names, any adapter merged, in the weights' own dtype."""
-        tensors: dict[str, Tensor] = {"model.embed_tokens.weight": self.embedding, "model.norm.weight": self.norm.weight}
+        tensors: dict[str, Tensor] = {
+            "model.embed_tokens.weight": self.embedding,
+            "model.norm.weight": self.norm.weight,
+        }
         if self.head is not None:
             tensors["lm_head.weight"] = self.head
         for index, layer in enumerate(self.blocks):
@@ -270,9 +278,9 @@ class Decoder(nn.Module):
                 tensors[f"{prefix}{name}.weight"] = norm.weight
             for linear in (layer.qkv, layer.out, layer.gate_up, layer.down):
                 for part, weight, bias in linear.split():
-                    tensors[f"{prefix}{_block(part)}.{part}.weight"] = weight
+                    tensors[f"{prefix}{block_of(part)}.{part}.weight"] = weight
                     if bias is not None:
-                        tensors[f"{prefix}{_block(part)}.{part}.bias"] = bias
+                        tensors[f"{prefix}{block_of(part)}.{part}.bias"] = bias
         save_file(
             {name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()},
             folder / "model.safetensors",
@@ -288,16 +296,13 @@ def rope_frequencies(config: DecoderConfig) -> Tensor:
         return base
     kind = scaling.get("rope_type") or scaling.get("type")
     if kind == "linear":
-        return base / scaling["factor"]
+        return base / float(scaling["factor"])
     if kind == "llama3":
-        old, low, high = (
-            scaling["original_max_position_embeddings"],
-            scaling["low_freq_factor"],
-            scaling["high_freq_factor"],
-        )
+        names = ("original_max_position_embeddings", "low_freq_factor", "high_freq_factor")
+        old, low, high = (float(scaling[name]) for name in names)
         turns = old * base / (2 * math.pi)
         blend = ((turns - low) / (high - low)).clamp(0, 1)
-        return base * (blend + (1 - blend) / scaling["factor"])
+        return base * (blend + (1 - blend) / float(scaling["factor"]))
     raise BadInput(f"rope scaling {kind!r} is not supported; supported: default, linear, llama3")
 
 
@@ -332,7 +337,7 @@ def load_decoder(folder: Path, dtype: torch.dtype = torch.float32) -> Decoder:
         for norm, name in _norms(layer):
             norm.weight = take(f"{prefix}{name}.weight", norm.weight.shape)
         for linear in (layer.qkv, layer.out, layer.gate_up, layer.down):
-            linear.fill(take, lambda part, kind, at=prefix: f"{at}{_block(part)}.{part}.{kind}")
+            linear.fill(take, prefix)
     model.frequencies = rope_frequencies(config)
     return model
 
@@ -343,7 +348,3 @@ def _norms(layer: Layer) -> Iterator[tuple[Norm, str]]:
     if layer.norm_q is not None and layer.norm_k is not None:
         yield layer.norm_q, "self_attn.q_norm"
         yield layer.norm_k, "self_attn.k_norm"
-
-
-def _block(part: str) -> str:
-    return "self_attn" if part in ("q_proj", "k_proj", "v_proj", "o_proj") else "mlp"

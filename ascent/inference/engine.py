@@ -36,9 +36,7 @@ class Sampling:
         if self.n < 1 or self.max_tokens < 1:
             raise ValueError(f"n and max_tokens must be at least 1, got {self.n} and {self.max_tokens}")
         if self.temperature < 0 or not 0 < self.top_p <= 1:
-            raise ValueError(
-                f"temperature must be >= 0 and top_p in (0, 1], got {self.temperature} and {self.top_p}"
-            )
+            raise ValueError(f"temperature must be >= 0 and top_p in (0, 1], got {self.temperature} and {self.top_p}")
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,8 @@
 Logits of the whole batch are never stored: rows go through in chunks that fit the processor's cache, and the backward
 pass computes each chunk again. Only the positions given reach the head.
 
-With bf16 weights a logit is rounded to 8 bits, 0.03 at |logit| 8, which is more than a PPO ratio can bear. The target's own
-logit is therefore computed again in fp32 and put back before the softmax: the dominant term of a confident
+With bf16 weights a logit is rounded to 8 bits, 0.03 at |logit| 8, which is more than a PPO ratio can bear. The target's
+own logit is therefore computed again in fp32 and put back before the softmax: the dominant term of a confident
 prediction is exact and the rounding of the rest averages out.
 """
 
@@ -23,7 +23,12 @@ class _LogpEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_MD: Tensor, weight_VD: Tensor, targets_M: Tensor, temperature: float, want_entropy: bool
+        ctx: Any,
+        hidden_MD: Tensor,
+        weight_VD: Tensor,
+        targets_M: Tensor,
+        temperature: float,
+        want_entropy: bool,
     ) -> tuple[Tensor, Tensor]:
         logp = torch.empty(len(hidden_MD), dtype=torch.float32, device=hidden_MD.device)
         entropy = torch.zeros_like(logp)
@@ -63,7 +68,7 @@ def logp_and_entropy(
 ) -> tuple[Tensor, Tensor]:
     """Return (logp_M, entropy_M) in fp32 of `targets_M` under softmax(hidden · weightᵀ / temperature).
 
-    The trainer must pass the sampling temperature, or ratios between sampler and trainer are wrong from the first token.
+    The trainer must pass the sampling temperature, or its ratios to the sampler are wrong from the first token.
     With `entropy=False` the second result is zeros and costs nothing.
     """
     out: tuple[Tensor, Tensor] = _LogpEntropy.apply(hidden_MD, weight_VD, targets_M, temperature, entropy)  # type: ignore[no-untyped-call]

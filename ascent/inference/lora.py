@@ -1,7 +1,8 @@
 """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685): y = x Wᵀ + (α/r) x Aᵀ Bᵀ.
 
 A `Linear` may join several named projections (q, k, v) in one matrix; an adapter has its own A and B for each, as in
-the PEFT format, and still costs two products. Master weights are fp32; B starts at zero, so a new adapter changes nothing.
+the PEFT format, and still costs two products. Master weights are fp32; B starts at zero, so that a new adapter
+changes nothing.
 """
 
 from __future__ import annotations
@@ -26,6 +27,11 @@ if TYPE_CHECKING:
     from ascent.inference.decoder import Decoder
 
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def block_of(part: str) -> str:
+    """The block of a Hugging Face layer that holds a projection."""
+    return "self_attn" if part in ("q_proj", "k_proj", "v_proj", "o_proj") else "mlp"
 
 
 @dataclass(frozen=True)
@@ -103,15 +109,16 @@ class Linear(nn.Module):
         delta = self.delta()
         weight = self.weight if delta is None else (self.weight.float() + delta).to(self.weight.dtype)
         sizes = list(self.parts.values())
-        biases: Iterable[Tensor | None] = [None] * len(sizes) if self.bias is None else self.bias.split(sizes)
-        yield from zip(self.parts, weight.split(sizes), biases, strict=True)
+        biases: Iterable[Tensor | None] = [None] * len(sizes) if self.bias is None else torch.split(self.bias, sizes)
+        yield from zip(self.parts, torch.split(weight, sizes), biases, strict=True)
 
-    def fill(self, take: Callable[[str, torch.Size], nn.Parameter], name: Callable[[str, str], str]) -> None:
-        """Assemble the stacked weight from named tensors."""
-        weights = [take(name(p, "weight"), torch.Size((n, self.inputs))) for p, n in self.parts.items()]
+    def fill(self, take: Callable[[str, torch.Size], nn.Parameter], prefix: str) -> None:
+        """Assemble the stacked weight from tensors under Hugging Face names that begin with `prefix`."""
+        stems = {part: f"{prefix}{block_of(part)}.{part}" for part in self.parts}
+        weights = [take(f"{stems[p]}.weight", torch.Size((n, self.inputs))) for p, n in self.parts.items()]
         self.weight = nn.Parameter(torch.cat([w.data for w in weights]), requires_grad=False)
         if self.bias is not None:
-            biases = [take(name(p, "bias"), torch.Size((n,))) for p, n in self.parts.items()]
+            biases = [take(f"{stems[p]}.bias", torch.Size((n,))) for p, n in self.parts.items()]
             self.bias = nn.Parameter(torch.cat([b.data for b in biases]), requires_grad=False)
 
 
@@ -162,10 +169,10 @@ def adapter_parameters(model: Decoder) -> list[nn.Parameter]:
     return [tensor for _, tensor in _named(model)]
 
 
-def adapter_hash(model: Decoder) -> str:
-    """The sha256 of all adapter tensors: two models with the same base and hash are the same policy."""
+def policy_hash(model: Decoder) -> str:
+    """The sha256 of what trains (the adapter, or all weights without one): same base and hash, same policy."""
     sha = hashlib.sha256()
-    for name, tensor in _named(model):
+    for name, tensor in list(_named(model)) or list(model.named_parameters()):
         sha.update(name.encode())
         sha.update(tensor.detach().float().cpu().numpy().tobytes())
     return sha.hexdigest()
@@ -220,13 +227,10 @@ def load_adapter(model: Decoder, folder: Path) -> LoraConfig:
     return config
 
 
-
-
 def _named(model: Decoder) -> Iterator[tuple[str, nn.Parameter]]:
     """Adapter tensors under PEFT's names, A before B, in layer order."""
     for index, linear in model.linears():
         for part in linear.adapted:
-            block = "self_attn" if part in ("q_proj", "k_proj", "v_proj", "o_proj") else "mlp"
-            stem = f"base_model.model.model.layers.{index}.{block}.{part}"
+            stem = f"base_model.model.model.layers.{index}.{block_of(part)}.{part}"
             yield f"{stem}.lora_A.weight", linear.lora_a[part]
             yield f"{stem}.lora_B.weight", linear.lora_b[part]

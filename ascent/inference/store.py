@@ -1,10 +1,11 @@
 """The model store: content-addressed folders in Hugging Face layout, each with a card.
 
-    root/models/<name>@<sha256[:12]>/   card.json, files.json, config.json, model.safetensors, tokenizer.json, …
-    root/downloads/                     what `pull` is fetching or has fetched but not yet converted
+    root/models/<name>@<sha256[:12]>/   card.json, files.json, config.json, model.safetensors, tokenizer.json,
+    … root/downloads/                     what `pull` is fetching or has fetched but not yet converted
     root/catalogue.yaml                 the user's own catalogue entries (optional)
 
-A model's sha256 is the digest of `files.json`, which lists the sha256 of every file; the card is not part of it.
+A model's sha256 is the digest of `files.json`, which lists the sha256 of every file; the card is not part of
+it.
 """
 
 from __future__ import annotations
@@ -46,8 +47,8 @@ class Store:
     def resolve(self, name: str) -> Path:
         """Return the folder of a model.
 
-        `name` is a model id, an unambiguous beginning of one, a model's name (its latest version wins), or the path
-        of a folder that holds `config.json` or `adapter_config.json`.
+        `name` is a model id, an unambiguous beginning of one, a model's name (its latest version wins), or
+        the path of a folder that holds `config.json` or `adapter_config.json`.
 
         Raises:
             UnknownName: nothing of that name is here; the message says so when the catalogue could supply it.
@@ -83,9 +84,10 @@ class Store:
     def add(self, folder: Path, card: ModelCard, *, consume: bool = False) -> Path:
         """Put the files of `folder` into the store and return the stored folder.
 
-        The id becomes `<name>@<first 12 digits of the content's sha256>`, where the name is `card.id` up to any `@`;
-        `card.sha256` and an empty `card.created` are filled in. A model that is already there is left as it is, its
-        first card included. The model appears whole or not at all, also with several processes adding at once.
+        The id becomes `<name>@<first 12 digits of the content's sha256>`, where the name is `card.id` up to
+        any `@`; `card.sha256` and an empty `card.created` are filled in. A model that is already there is
+        left as it is, its first card included. The model appears whole or not at all, also with several
+        processes adding at once.
 
         Args:
             folder: a model or adapter folder; hidden files and an old card are not taken along.
@@ -147,7 +149,7 @@ class Store:
 
     @contextlib.contextmanager
     def lock(self, name: str) -> Iterator[None]:
-        """Hold an exclusive lock of that name across processes and threads; ends with the process if that dies."""
+        """Hold an exclusive lock across processes and threads; it ends with the process if that dies."""
         folder = self.root / "locks"
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / f"{name}.lock").open("w") as file:
@@ -155,7 +157,7 @@ class Store:
             yield
 
     def _as_path(self, name: str) -> Path | None:
-        """Return `name` as the folder of a model, when it is one. A bare name in the store goes before a folder."""
+        """Return `name` as a model folder, if it is one; a name in the store goes before a folder here."""
         path = Path(name).expanduser()
         if os.sep not in name and any(_base(card.id) == name or card.id == name for card in self.list()):
             return None
@@ -177,8 +179,12 @@ class Store:
         if begun:
             raise BadInput(f"{name!r} fits {', '.join(card.id for card in begun)}; give more of the name")
         catalogue = self.catalogue()
-        hint = f". It is in the catalogue; fetch it with: ascent models pull {name}" if name in catalogue else ""
-        known = {_base(card.id) for card in cards} | (set() if hint else catalogue.keys())
+        hint = ""
+        if Path(name).expanduser().is_dir():
+            hint = f". The folder {name} exists but has neither {' nor '.join(MODEL_MARKS)}"
+        if name in catalogue:
+            hint = f". It is in the catalogue; fetch it with: ascent models pull {name}"
+        known = {_base(card.id) for card in cards} | catalogue.keys()
         raise UnknownName("model", name, known, hint=hint)
 
 
@@ -189,8 +195,8 @@ def require_space(place: Path, needed: int, what: str) -> None:
     free = shutil.disk_usage(place).free
     if free < needed:
         raise NoSpace(
-            f"{what} needs {needed / 1e6:,.0f} MB in {place}, but only {free / 1e6:,.0f} MB are free; nothing was "
-            f"changed. Free some space, or set ASCENT_HOME to a folder on another disk"
+            f"{what} needs {needed / 1e6:,.0f} MB in {place}, but only {free / 1e6:,.0f} MB are free; "
+            f"nothing was changed. Free some space, or set ASCENT_HOME to a folder on another disk"
         )
 
 

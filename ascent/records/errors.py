@@ -1,17 +1,17 @@
 """The error tree. Every message says what happened, why, and what to do.
 
-    AscentError
-    ├── BadInput              the user's file, field or argument (exit code 2)
-    │   ├── BadFile           a file; carries file, line and field
-    │   │   ├── BadRecipe     a recipe or use-case file
-    │   │   └── BadData       a data row
-    │   └── UnknownName       a model, row, grader or metric that is not registered
-    ├── Unavailable           the machine or the network lacks something
-    │   ├── MissingExtra      an optional dependency; the message holds the install line
-    │   ├── PullFailed        a download that did not arrive or has the wrong checksum
-    │   └── NoSpace           the disk is full; nothing was half-written
-    ├── Corrupt               a stored file that fails its own checksum or schema
-    └── Interrupted           Ctrl-C after a checkpoint was written (exit code 130)
+AscentError
+├── BadInput              the user's file, field or argument (exit code 2)
+│   ├── BadFile           a file; carries file, line and field
+│   │   ├── BadRecipe     a recipe or use-case file
+│   │   └── BadData       a data row
+│   └── UnknownName       a model, row, grader or metric that is not registered
+├── Unavailable           the machine or the network lacks something
+│   ├── MissingExtra      an optional dependency; the message holds the install line
+│   ├── PullFailed        a download that did not arrive or has the wrong checksum
+│   └── NoSpace           the disk is full; nothing was half-written
+├── Corrupt               a stored file that fails its own checksum or schema
+└── Interrupted           Ctrl-C after a checkpoint was written (exit code 130)
 """
 
 from __future__ import annotations
@@ -35,7 +35,12 @@ class BadFile(BadInput):
     """A file of the user's is malformed. `file`, `line` (1-based) and `field` say where, when they are known."""
 
     def __init__(
-        self, message: str, *, file: Path | str | None = None, line: int | None = None, field: str | None = None
+        self,
+        message: str,
+        *,
+        file: Path | str | None = None,
+        line: int | None = None,
+        field: str | None = None,
     ) -> None:
         self.file, self.line, self.field = file, line, field
         place = str(file) if file is not None else ""
@@ -59,9 +64,7 @@ class UnknownName(BadInput):
 
     def __init__(self, kind: str, name: str, known: Iterable[str], *, hint: str = "") -> None:
         names = sorted(known)
-        super().__init__(
-            f"unknown {kind} {name!r}{nearest(name, names)}; known: {', '.join(names) or 'none'}{hint}"
-        )
+        super().__init__(f"unknown {kind} {name!r}{nearest(name, names)}; known: {', '.join(names) or 'none'}{hint}")
 
 
 class Unavailable(AscentError):

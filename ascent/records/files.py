@@ -82,10 +82,11 @@ def recover_folder(path: Path) -> None:
             os.replace(old, path)
 
 
-def append_jsonl(path: Path, rows: Iterable[dict[str, Any] | str]) -> None:
-    """Append rows (dicts, or JSON text without newlines) as one write, fsynced.
+def append_jsonl(path: Path, rows: Iterable[dict[str, Any] | str], *, sync: bool = True) -> None:
+    """Append rows (dicts, or JSON text without newlines) as one write, fsynced unless `sync` is False.
 
-    A torn last line left by a crash is cut off first, so a new row never joins the debris of an old one.
+    A torn last line left by a crash is cut off first, so a new row never joins the debris of an old one. Rows that
+    were not fsynced survive a killed process, but not a power cut.
     """
     lines = [row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows]
     if not lines:
@@ -97,7 +98,8 @@ def append_jsonl(path: Path, rows: Iterable[dict[str, Any] | str]) -> None:
         try:
             file.write(("\n".join(lines) + "\n").encode())
             file.flush()
-            os.fsync(file.fileno())
+            if sync:
+                os.fsync(file.fileno())
         except OSError as error:
             with contextlib.suppress(OSError):
                 file.truncate(start)
@@ -119,7 +121,9 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
             try:
                 yield json.loads(raw)
             except ValueError as error:
-                raise Corrupt(f"{path}:{number}: not JSON ({error}); the log was edited or the disk is failing") from error
+                raise Corrupt(
+                    f"{path}:{number}: not JSON ({error}); the log was edited or the disk is failing"
+                ) from error
 
 
 def sha256_file(path: Path) -> str:

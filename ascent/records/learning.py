@@ -105,12 +105,17 @@ class Episode(Record):
 
 
 class Preference(Record):
-    """A chosen and a rejected answer to the same prompt."""
+    """A chosen and a rejected answer to the same prompt.
+
+    `input` is the raw input behind `messages`, and `group` what it belongs to, as in `Task`.
+    """
 
     id: str
     messages: tuple[Message, ...]
     chosen: str
     rejected: str
+    input: dict[str, Any] = Field(default_factory=dict)
+    group: str | None = None
     chosen_score: float | None = None
     rejected_score: float | None = None
     source: Literal["data", "samples"] = "data"

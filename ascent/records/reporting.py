@@ -51,13 +51,13 @@ class Report(Record):
     created: str = ""
 
     def values(self, metric: str) -> dict[str, float]:
-        """Return task id → value for the items this metric scored."""
-        found: dict[str, float] = {}
+        """Return task id → value for the items this metric scored; of several samples of a task, their mean."""
+        found: dict[str, list[float]] = {}
         for item in self.items:
             score = item.score(metric)
             if score is not None and score.value is not None:
-                found[item.task_id] = score.value
-        return found
+                found.setdefault(item.task_id, []).append(score.value)
+        return {task: sum(values) / len(values) for task, values in found.items()}
 
 
 class ModelCard(Record):

@@ -72,7 +72,11 @@ def reference_logp(model, sequence: list[int]) -> torch.Tensor:
     return logits.log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None]).squeeze(1)
 
 
-SEQUENCES = [[5, 9, 200, 31, 7], [3, 4], [100, 17, 17, 60, 2, 8, 9, 120, 33, 1, 0, 44, 45, 46, 47, 48, 50, 51, 52, 53]]
+SEQUENCES = [
+    [5, 9, 200, 31, 7],
+    [3, 4],
+    [100, 17, 17, 60, 2, 8, 9, 120, 33, 1, 0, 44, 45, 46, 47, 48, 50, 51, 52, 53],
+]
 
 
 def test_packed_log_probs_equal_transformers(pair) -> None:
@@ -136,10 +140,10 @@ def test_adapter_equals_peft_and_survives_the_round_trip(pair, tmp_path: Path) -
     wrapped = PeftModel.from_pretrained(theirs, str(tmp_path / "adapter")).eval()
     theirs_logp = reference_logp(wrapped, SEQUENCES[2])
     torch.testing.assert_close(packed_logp(ours, SEQUENCES)[2], theirs_logp, atol=3e-5, rtol=1e-4)
-    digest = lora.adapter_hash(ours)
+    digest = lora.policy_hash(ours)
     lora.detach(ours)
     lora.load_adapter(ours, tmp_path / "adapter")
-    assert lora.adapter_hash(ours) == digest
+    assert lora.policy_hash(ours) == digest
     lora.merge(ours)
     torch.testing.assert_close(packed_logp(ours, SEQUENCES)[2], theirs_logp, atol=3e-5, rtol=1e-4)
 

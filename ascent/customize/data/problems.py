@@ -12,7 +12,7 @@ SHOWN = 20
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing wrong in a file: at which line (None: the file as a whole), in which field, and what to do."""
+    """One thing wrong in a file: on which line (None: the whole file), in which field, and what to do."""
 
     line: int | None
     field: str | None
@@ -38,8 +38,8 @@ class Problems:
         """Raise if anything was noted; do nothing otherwise.
 
         Raises:
-            BadData: carries file, line and field of the first problem in file order; its message lists the first
-                twenty and counts the rest.
+            BadData: carries file, line and field of the first problem in file order; its message lists the
+                first twenty and counts the rest.
         """
         if not self.found:
             return

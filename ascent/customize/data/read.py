@@ -1,17 +1,18 @@
 """Bytes on disk to raw rows with line numbers: JSON Lines, CSV, TSV and Parquet.
 
-JSON Lines is parsed here, line by line, because no library keeps the line, column and byte of every mistake. CSV and
-Parquet values come from `datasets`, which is imported only when such a file is met (it takes about a second); a strict
-pass before it finds the line on which each CSV record starts.
+JSON Lines is parsed here, line by line, because no library keeps the line, column and byte of every mistake.
+CSV and Parquet values come from `datasets`, which is imported only when such a file is met (it takes about a
+second); a strict pass before it finds the line on which each CSV record starts.
 
-A table has columns instead of nested objects. A column named `input.sig` becomes `row["input"]["sig"]`, likewise
-`expected.dose`; a text cell in a column `input`, `expected` or `messages` is read as JSON. Cells of a CSV file are
-text. An empty cell is absent; a cell below `expected.` is read as a JSON scalar where it is one (`2`, `true`, `null`),
-so that labels keep their type, and stays text otherwise.
+A table has columns instead of nested objects. A column named `input.sig` becomes `row["input"]["sig"]`,
+likewise `expected.dose`; a text cell in a column `input`, `expected` or `messages` is read as JSON. Cells of
+a CSV file are text. An empty cell is absent; a cell below `expected.` is read as a JSON scalar where it is
+one (`2`, `true`, `null`), so that labels keep their type, and stays text otherwise.
 """
 
 from __future__ import annotations
 
+import codecs
 import csv
 import hashlib
 import io
@@ -19,7 +20,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,11 +30,12 @@ from ascent.customize.data.problems import Problems
 from ascent.records import DataSource
 from ascent.records.errors import BadData
 
+FIELDS = frozenset({"id", "group", "input", "messages", "expected", "target", "chosen", "rejected"})
 NESTED = ("input", "expected")
 AS_JSON = (*NESTED, "messages")
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _SUFFIXES = ".jsonl, .ndjson, .csv, .tsv or .parquet"
-_BOM = b"\xef\xbb\xbf"
+_BOM = codecs.BOM_UTF8
 
 
 @dataclass(frozen=True)
@@ -50,27 +52,23 @@ def describe(path: Path, name: str | None = None) -> DataSource:
     Rows are counted without being checked; a file that does not load is described all the same.
 
     Raises:
-        BadData: the file is missing, unreadable or of an unknown kind.
+        BadData: the file is missing, empty, unreadable or of an unknown kind.
     """
     data = _read_bytes(path)
     kind = path.suffix.lower()
     if kind in _DELIMITERS:
         text = data.removeprefix(_BOM).decode(errors="replace")
-        rows = max(0, sum(1 for record in csv.reader(io.StringIO(text, newline=""), delimiter=_DELIMITERS[kind]) if record) - 1)
+        records = csv.reader(io.StringIO(text, newline=""), delimiter=_DELIMITERS[kind])
+        rows = max(0, sum(1 for record in records if record) - 1)
     elif kind == ".parquet":
-        import pyarrow.parquet as pq
-
-        try:
-            rows = pq.read_metadata(io.BytesIO(data)).num_rows
-        except (ValueError, OSError) as error:
-            raise _bad_parquet(path, error) from error
+        rows = _parquet_count(path, data)
     else:
         rows = sum(1 for line in data.removeprefix(_BOM).split(b"\n") if line.strip())
     return DataSource(name=name or path.stem, path=str(path), rows=rows, sha256=hashlib.sha256(data).hexdigest())
 
 
 def read_rows(path: Path, problems: Problems) -> tuple[list[RawRow], str]:
-    """Read a file's rows. Returns the good ones and the sha256 of the bytes; the bad ones are noted in `problems`.
+    """Return a file's good rows and the sha256 of its bytes; note the bad rows in `problems`.
 
     Raises:
         BadData: nothing can be read at all (missing, empty, of an unknown kind, not a table).
@@ -83,7 +81,7 @@ def read_rows(path: Path, problems: Problems) -> tuple[list[RawRow], str]:
     elif kind in _DELIMITERS:
         rows = _csv(path, data, _DELIMITERS[kind], problems)
     else:
-        rows = _parquet(path, problems)
+        rows = _parquet(path, problems) if _parquet_count(path, data) else []
     if not rows and not problems.found:
         raise BadData("no rows, only blank lines or a header; write at least one row", file=path)
     return rows, sha256
@@ -104,10 +102,9 @@ def _read_bytes(path: Path) -> bytes:
         raise BadData(f"cannot be read ({error.strerror}); check its permissions and the disk", file=path) from error
     if not data.removeprefix(_BOM).strip():
         raise BadData("the file is empty; write at least one row", file=path)
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise BadData("not UTF-8 but UTF-16; convert it first: iconv -f UTF-16 -t UTF-8 IN > OUT", file=path, line=1)
     return data
-
-
-# JSON Lines -----------------------------------------------------------------------------------------------------------
 
 
 def _jsonl(data: bytes, problems: Problems) -> Iterator[RawRow]:
@@ -122,7 +119,9 @@ def _jsonl(data: bytes, problems: Problems) -> Iterator[RawRow]:
             yield RawRow(number, values)
         elif values is not _FAILED:
             problems.add(
-                number, None, f"a JSON {_kind(values)}, not an object; every line must be one object {{...}}"
+                number,
+                None,
+                f"a JSON {kind_of(values)}, not an object; every line must be one object {{...}}",
             )
 
 
@@ -152,14 +151,18 @@ def _parse(text: str, line: int, problems: Problems) -> Any:
         problems.add(
             line,
             None,
-            f"malformed JSON at column {error.colno}: {error.msg}; every line must be one complete JSON object",
+            f"malformed JSON at column {error.colno}: {error.msg}; every line must be one whole JSON object",
         )
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
         problems.add(line, None, f"unusable JSON: {reason}")
     else:
         if "\\u" in text and _has_surrogate(value):
-            problems.add(line, None, "half of a surrogate pair (\\ud800 to \\udfff) in a text; write the whole character")
+            problems.add(
+                line,
+                None,
+                "half of a surrogate pair (\\ud800 to \\udfff) in a text; write the whole character",
+            )
             return _FAILED
         return value
     return _FAILED
@@ -186,7 +189,7 @@ def _has_surrogate(value: Any) -> bool:
     return isinstance(value, list) and any(_has_surrogate(part) for part in value)
 
 
-def _kind(value: Any) -> str:
+def kind_of(value: Any) -> str:
     """Name a value's type in JSON's words."""
     if value is None:
         return "null"
@@ -196,13 +199,10 @@ def _kind(value: Any) -> str:
     return names.get(type(value), type(value).__name__)
 
 
-# Tables ---------------------------------------------------------------------------------------------------------------
-
-
 def _csv(path: Path, data: bytes, delimiter: str, problems: Problems) -> list[RawRow]:
     text = _decode_table(data, path)
     header, lines = _csv_lines(text, delimiter, path, problems)
-    if problems.found:
+    if problems.found or not lines:
         return []
     with _datasets() as (datasets, cache):
         try:
@@ -213,21 +213,21 @@ def _csv(path: Path, data: bytes, delimiter: str, problems: Problems) -> list[Ra
                 features=datasets.Features({name: datasets.Value("string") for name in header}),
                 delimiter=delimiter,
                 encoding="utf-8-sig",
-                keep_default_na=False,
                 na_filter=False,
             ).to_list()
         except Exception as error:  # boundary: pandas, pyarrow and datasets each have their own error tree
             raise BadData(f"cannot be read as a table ({error}); save it again as plain CSV", file=path) from error
     if len(table) != len(lines):
         raise BadData(
-            f"{len(lines)} records by one CSV reader and {len(table)} by another; a stray quote or a line of blanks "
-            "makes the file ambiguous. Save it again with every text in quotes, or use JSON Lines",
+            f"{len(lines)} records by one CSV reader and {len(table)} by another; a stray quote or a line "
+            "of blanks makes the file ambiguous. Save it again with every text in quotes, or use JSON Lines",
             file=path,
         )
     rows = []
     for line, cells in zip(lines, table, strict=True):
         values = {name: cell for name, cell in cells.items() if cell is not None and cell != ""}
-        rows.append(RawRow(line, _nest(values, line, problems, text_cells=True)))
+        row = _nest(values, line, problems, text_cells=True)
+        rows += [RawRow(line, row)] if row is not None else []
     return rows
 
 
@@ -295,12 +295,23 @@ def _parquet(path: Path, problems: Problems) -> list[RawRow]:
     rows = []
     for number, cells in enumerate(table, 1):
         values = {name: cell for name, cell in cells.items() if cell is not None}
-        for name in [name for name, cell in values.items() if not _is_json(cell)]:
-            problems.add(
-                number, name, f"a {_kind(values.pop(name))} has no JSON form; store text, numbers, booleans, lists or structs"
-            )
-        rows.append(RawRow(number, _nest(values, number, problems, text_cells=False)))
+        odd = {n: cell for n, cell in values.items() if n.split(".")[0] in FIELDS and not _is_json(cell)}
+        for name, cell in odd.items():
+            what = f"{cell!r} is" if isinstance(cell, float) else f"a {kind_of(cell)} that is or holds a value"
+            message = f"{what} not representable in JSON; store text, finite numbers, booleans, lists or structs"
+            problems.add(number, name, message)
+        row = _nest(values, number, problems, text_cells=False) if not odd else None
+        rows += [RawRow(number, row)] if row is not None else []
     return rows
+
+
+def _parquet_count(path: Path, data: bytes) -> int:
+    import pyarrow.parquet as pq  # type: ignore[import-untyped]
+
+    try:
+        return int(pq.read_metadata(io.BytesIO(data)).num_rows)
+    except (ValueError, OSError) as error:
+        raise _bad_parquet(path, error) from error
 
 
 def _bad_parquet(path: Path, error: Exception) -> BadData:
@@ -317,8 +328,8 @@ def _is_json(value: Any) -> bool:
     return value is None or isinstance(value, str | int | bool)
 
 
-def _nest(cells: dict[str, Any], line: int, problems: Problems, *, text_cells: bool) -> dict[str, Any]:
-    """Turn flat columns into the row that JSON Lines would have."""
+def _nest(cells: dict[str, Any], line: int, problems: Problems, *, text_cells: bool) -> dict[str, Any] | None:
+    """Turn flat columns into the row that JSON Lines would have; None if a cell that must be JSON is not."""
     row: dict[str, Any] = {}
     for name, cell in cells.items():
         outer, dot, inner = name.partition(".")
@@ -329,7 +340,7 @@ def _nest(cells: dict[str, Any], line: int, problems: Problems, *, text_cells: b
             row[name] = _json_cell(name, cell, line, problems)
         else:
             row[name] = cell
-    return row
+    return None if any(value is _FAILED for value in row.values()) else row
 
 
 def _json_cell(name: str, cell: str, line: int, problems: Problems) -> Any:
@@ -338,8 +349,7 @@ def _json_cell(name: str, cell: str, line: int, problems: Problems) -> Any:
     for problem in inner.found:
         remedy = f"write JSON in this column, or use columns {name}.NAME" if name in NESTED else "write JSON here"
         problems.add(line, name, f"{problem.message.partition(';')[0]} (inside the cell); {remedy}")
-    # An empty stand-in of the right kind keeps one mistake from being reported twice.
-    return ([] if name == "messages" else {}) if value is _FAILED else value
+    return value
 
 
 def _scalar(cell: str) -> Any:
@@ -352,7 +362,7 @@ def _scalar(cell: str) -> Any:
 
 @contextmanager
 def _datasets() -> Iterator[tuple[Any, str]]:
-    """Yield the `datasets` module and a throw-away cache folder: no network, no telemetry, nothing left behind."""
+    """Yield `datasets` and a throw-away cache folder: no network, no telemetry, nothing left behind."""
     quiet = {"HF_DATASETS_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_UPDATE_DOWNLOAD_COUNTS": "0"}
     for name, value in quiet.items():
         os.environ.setdefault(name, value)
@@ -368,8 +378,3 @@ def _datasets() -> Iterator[tuple[Any, str]]:
         datasets.logging.set_verbosity(verbosity)
         if not bars:
             datasets.enable_progress_bars()
-
-
-def names(values: Iterable[str]) -> str:
-    """Join names for a message."""
-    return ", ".join(sorted(values)) or "none"

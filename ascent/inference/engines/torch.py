@@ -11,7 +11,7 @@ import torch
 from ascent.inference.chat import Renderer
 from ascent.inference.decoder import Decoder, load_decoder
 from ascent.inference.engine import Completion, Prompt, Sampling
-from ascent.inference.lora import adapter_hash
+from ascent.inference.lora import policy_hash
 from ascent.inference.sampler import Row, sample_rows
 from ascent.records import FinishReason
 from ascent.records.errors import BadInput
@@ -20,7 +20,7 @@ ROWS_IN_FLIGHT = 64
 
 
 class TorchEngine:
-    """Samples from a `Decoder`. `model` names the policy; `policy` is the hash of the adapter last synchronised."""
+    """Samples from a `Decoder`. `model` names the policy; `policy` is the hash of what was last synchronised."""
 
     def __init__(
         self, decoder: Decoder, renderer: Renderer, model: str, *, rows_in_flight: int = ROWS_IN_FLIGHT
@@ -74,11 +74,9 @@ class TorchEngine:
                 merged = theirs.weight if delta is None else theirs.weight.float() + delta
                 mine.weight.copy_(merged)
             if trained.embedding.requires_grad:
-                for mine_p, theirs_p in zip(
-                    _other_weights(self.decoder), _other_weights(trained), strict=True
-                ):
+                for mine_p, theirs_p in zip(_other_weights(self.decoder), _other_weights(trained), strict=True):
                     mine_p.copy_(theirs_p)
-        self.policy = adapter_hash(trained)
+        self.policy = policy_hash(trained)
         return self.policy
 
     def _completion(self, row: Row, prompt_ids: list[int], sampling: Sampling) -> Completion:

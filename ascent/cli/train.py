@@ -1,0 +1,145 @@
+"""`ascent train`: one recipe, outside a ladder."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ascent.cli.console import note, say
+
+if TYPE_CHECKING:
+    from ascent.customize.data import DataRow, Loaded
+    from ascent.customize.recipes import Recipe
+    from ascent.customize.train import TrainingData
+    from ascent.evaluate.program import Program
+
+RECIPE_COPY = "recipe.json"
+SHOWN = ("loss", "nll", "accuracy", "margin", "reward", "kl", "entropy", "clip_fraction", "informative_groups")
+"""What the progress line shows of a step's numbers; metrics.jsonl has all of them."""
+
+
+@click.command("train")
+@click.argument("recipe_file", metavar="RECIPE", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Where the run goes; by default runs/<recipe>-s<seed> beside the recipe.",
+)
+@click.option("--resume", is_flag=True, help="Go on from the run's last checkpoint.")
+def command(recipe_file: Path, out: Path | None, resume: bool) -> None:
+    """Train a model as the YAML file RECIPE says.
+
+    OUT/model gets the merged weights and the adapter, OUT/run.json how they came about, OUT/metrics.jsonl every step.
+    Ctrl-C writes a checkpoint and exits with 130.
+    """
+    from ascent.customize.recipes import load_recipe
+
+    recipe = load_recipe(recipe_file)
+    folder = out or recipe_file.parent / "runs" / f"{recipe_file.stem}-s{recipe.seed}"
+    _take_folder(folder, recipe, resume)
+    _run(recipe, folder)
+
+
+def _run(recipe: Recipe, folder: Path) -> None:
+    from ascent.cli.engines import model_folder
+    from ascent.customize.train import train
+    from ascent.inference.store import Store
+
+    data = training_data(recipe)
+    start = model_folder(recipe.model, Store())
+    with contextlib.ExitStack() as stack:
+        card = train(recipe, start, data, folder, report=_progress(recipe.algorithm, stack), announce=_announce)
+    say(f"trained {card.steps} steps on {card.tokens:,} tokens in {card.seconds:.0f} s, at most {card.peak_rss_mb:,.0f} MB")
+    say(f"model: {folder / 'model'}")
+    say(f"talk to it: ascent chat {folder / 'model'}")
+
+
+def training_data(recipe: Recipe) -> TrainingData:
+    """Load and mix what a recipe's row feeds on.
+
+    Several files are drawn by weight into one list as long as all of them together.
+
+    Raises:
+        BadData: a row is malformed; the message has file, line and field.
+        BadInput: the program does not load.
+    """
+    from ascent.customize.data import load_demonstrations, load_preferences, load_tasks
+    from ascent.customize.recipes import DpoRecipe, SftRecipe
+    from ascent.customize.train import TrainingData
+    from ascent.evaluate.program import Program
+
+    program = Program.load(recipe.program) if recipe.program is not None else None
+    if isinstance(recipe, SftRecipe):
+        demonstrations, sources = _mixed(recipe, recipe.data, load_demonstrations, program)
+        return TrainingData(conversations=[row.messages for row in demonstrations], sources=sources)
+    if isinstance(recipe, DpoRecipe):
+        preferences, sources = _mixed(recipe, recipe.data, load_preferences, program)
+        return TrainingData(preferences=preferences, sources=sources)
+    tasks, sources = _mixed(recipe, recipe.prompts, load_tasks, program)
+    return TrainingData(tasks=tasks, sources=sources)
+
+
+def _mixed(recipe: Recipe, parts: Any, load: Callable[..., Loaded[Any]], program: Program | None) -> Any:
+    """Return (rows, sources) of a recipe's data files."""
+    from ascent.customize.data import mix
+
+    loaded: dict[str, Loaded[DataRow]] = {}
+    for part in parts:
+        loaded[str(part.path)] = load(part.path, program=program, system=recipe.system)
+    sources = tuple(data.source for data in loaded.values())
+    if len(loaded) == 1:
+        return next(iter(loaded.values())).rows, sources
+    weights = {str(part.path): part.weight for part in parts}
+    rows = {name: data.rows for name, data in loaded.items()}
+    return mix(rows, weights, sum(map(len, rows.values())), recipe.seed), sources
+
+
+def _take_folder(folder: Path, recipe: Recipe, resume: bool) -> None:
+    """Make sure that a run is continued only when asked to, and only with the recipe it began with.
+
+    Raises:
+        BadInput: the folder holds another run, or files of something else.
+    """
+    from ascent.records.errors import BadInput
+    from ascent.records.files import write_atomic
+
+    text = recipe.model_dump_json(indent=1)
+    copy = folder / RECIPE_COPY
+    if copy.is_file():
+        if not resume:
+            raise BadInput(f"{folder} holds a run already; go on with it by --resume, or give another folder with --out")
+        if copy.read_text(encoding="utf-8") != text:
+            raise BadInput(
+                f"{folder} was begun with another recipe (its {RECIPE_COPY} differs), and a run that changes half-way "
+                f"cannot be repeated; undo the change, or give another folder with --out"
+            )
+        return
+    if folder.exists() and any(folder.iterdir()):
+        raise BadInput(f"{folder} is not empty and holds no run; give an empty or new folder with --out")
+    write_atomic(copy, text)
+
+
+def _announce(facts: dict[str, object]) -> None:
+    """Print what was derived from the recipe and the data before the first step."""
+    for name, value in facts.items():
+        note(f"{name}: {value:,}" if isinstance(value, int) else f"{name}: {value}")
+
+
+def _progress(task: str, stack: contextlib.ExitStack) -> Callable[[int, int, dict[str, float]], None]:
+    """Return a step report that draws one live line, from the first step that this process does."""
+    from ascent.observe import Progress
+
+    shown: list[Progress] = []
+
+    def report(step: int, total: int, numbers: dict[str, float]) -> None:
+        if not shown:
+            shown.append(stack.enter_context(Progress(task, total, start=step)))
+        chosen = {name: numbers[name] for name in SHOWN if name in numbers}
+        tokens = int(numbers.get("tokens", 0)) if step > shown[0].done else 0
+        shown[0].update(step, tokens=tokens, **chosen)
+
+    return report

@@ -1,0 +1,1 @@
+"""One loop for each kind of data: demonstrations, preferences, prompts with a grader."""

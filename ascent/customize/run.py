@@ -1,0 +1,108 @@
+"""A training run on disk: steps that resume, checkpoint, log, and stop cleanly on Ctrl-C."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from ascent.customize.trainer import Trainer
+from ascent.observe.metrics import MetricLog
+from ascent.records.errors import Interrupted
+
+StepReport = Callable[[int, int, dict[str, float]], None]
+
+
+class TrainingRun:
+    """Drives a trainer through its steps. `state` is the loop's own JSON state and rests in every checkpoint.
+
+    Checkpoints fall on multiples of `boundary` only: the updates that share one rollout are resumed together.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        checkpoint_every: int,
+        boundary: int = 1,
+        report: StepReport | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.folder, self.report, self._clock = folder, report, clock
+        self.checkpoint_every, self.boundary = checkpoint_every, boundary
+        self.state: dict[str, Any] = {}
+        self.seconds = 0.0
+        self.tokens = 0
+        self.last: dict[str, float] = {}
+        folder.mkdir(parents=True, exist_ok=True)
+        self._metrics = MetricLog(folder / "metrics.jsonl")
+
+    @property
+    def checkpoint(self) -> Path:
+        """Where the latest checkpoint lies."""
+        return self.folder / "checkpoint"
+
+    def steps(self, trainer: Trainer) -> Iterator[int]:
+        """Yield the steps still to do; after each, log it, and checkpoint when due.
+
+        Raises:
+            Interrupted: Ctrl-C was pressed; the finished step is in the checkpoint.
+        """
+        extra = trainer.load(self.checkpoint)
+        if extra is not None:
+            self.state, self.seconds, self.tokens = extra["state"], extra["seconds"], extra["tokens"]
+        self._metrics.truncate_after(trainer.step)
+        since = 0
+        with interrupt_flag() as interrupted:
+            while trainer.step < trainer.total_steps and not self.state.get("ended"):
+                started = self._clock()
+                yield trainer.step
+                self.seconds += self._clock() - started
+                done = trainer.step >= trainer.total_steps or bool(self.state.get("ended"))
+                whole = done or trainer.step % self.boundary == 0
+                since += 1
+                if whole and (done or interrupted() or since >= self.checkpoint_every):
+                    since = 0
+                    self._metrics.close()
+                    extra = {"state": self.state, "seconds": self.seconds, "tokens": self.tokens}
+                    trainer.save(self.checkpoint, extra)
+                if interrupted() and whole and not done:
+                    raise Interrupted(
+                        f"stopped after step {trainer.step} of {trainer.total_steps}; the checkpoint is in "
+                        f"{self.checkpoint}. Run the same command with --resume to go on"
+                    )
+        self._metrics.close()
+
+    def log(self, step: int, total: int, tokens: int, metrics: dict[str, float]) -> None:
+        """Record one finished step (1-based in the log)."""
+        self.tokens += tokens
+        self.last = metrics
+        self._metrics.append(step + 1, {"tokens": tokens, "seconds": round(self.seconds, 3), **metrics})
+        if self.report:
+            self.report(step + 1, total, {"tokens": float(tokens), **metrics})
+
+
+@contextlib.contextmanager
+def interrupt_flag() -> Iterator[Callable[[], bool]]:
+    """Turn the first Ctrl-C into a flag that the loop reads between steps; a second one interrupts at once."""
+    seen = False
+
+    def note(number: int, frame: FrameType | None) -> None:
+        nonlocal seen
+        if seen:
+            raise KeyboardInterrupt
+        seen = True
+
+    try:
+        previous = signal.signal(signal.SIGINT, note)
+    except ValueError:  # not the main thread: signals cannot be caught here
+        yield lambda: False
+        return
+    try:
+        yield lambda: seen
+    finally:
+        signal.signal(signal.SIGINT, previous)

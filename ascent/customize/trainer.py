@@ -1,0 +1,133 @@
+"""The blind trainer: it sums micro-batch losses, steps the optimizer, and can be stopped and resumed bit for bit."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ascent.customize.batch import TokenBatch
+from ascent.customize.objectives.rows import Objective
+from ascent.customize.policy import Policy
+from ascent.records.errors import Corrupt
+from ascent.records.files import folder_atomic, recover_folder, sha256_file
+
+Schedule = Literal["constant", "linear", "cosine"]
+
+
+@dataclass(frozen=True)
+class Optim:
+    """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) with warm-up and a schedule over all steps."""
+
+    lr: float
+    schedule: Schedule = "cosine"
+    warmup_fraction: float = 0.05
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    clip_norm: float = 1.0
+
+    def lr_at(self, step: int, total: int) -> float:
+        """Learning rate of step 0…total−1: linear warm-up, then the schedule down to a tenth (cosine) or zero."""
+        warmup = max(1, round(self.warmup_fraction * total))
+        if step < warmup:
+            return self.lr * (step + 1) / warmup
+        if self.schedule == "constant":
+            return self.lr
+        done = (step - warmup) / max(1, total - warmup)
+        if self.schedule == "linear":
+            return self.lr * (1 - done)
+        return self.lr * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+class Trainer:
+    """Owns the optimizer state of a policy."""
+
+    def __init__(self, policy: Policy, optim: Optim, total_steps: int) -> None:
+        self.policy, self.optim, self.total_steps = policy, optim, total_steps
+        self.step = 0
+        self._adam = torch.optim.AdamW(
+            policy.parameters, lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay, foreach=True
+        )
+
+    def update(
+        self,
+        batches: Sequence[TokenBatch],
+        objective: Objective,
+        *,
+        temperature: float = 1.0,
+        entropy: bool = False,
+    ) -> dict[str, float]:
+        """One optimizer step over the micro-batches of one global batch.
+
+        The weights inside the batches contain 1/N of the global batch, so losses and gradients are summed.
+
+        Returns:
+            loss, gradient norm, learning rate and the objective's metrics.
+        """
+        sums: dict[str, list[float]] = {}
+        loss = 0.0
+        for batch in batches:
+            logp, ent = self.policy.score(batch, temperature=temperature, entropy=entropy)
+            out = objective(logp, ent, batch)
+            out.loss.backward()  # type: ignore[no-untyped-call]
+            loss += out.loss.item()
+            for name, (numerator, denominator) in out.metrics.items():
+                total = sums.setdefault(name, [0.0, 0.0])
+                total[0] += numerator.item()
+                total[1] += denominator.item()
+        lr = self.optim.lr_at(self.step, self.total_steps)
+        for group in self._adam.param_groups:
+            group["lr"] = lr
+        norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters, self.optim.clip_norm)
+        if torch.isfinite(norm):
+            self._adam.step()
+        self._adam.zero_grad(set_to_none=True)
+        self.step += 1
+        ratios = {name: top / bottom if bottom else math.nan for name, (top, bottom) in sums.items()}
+        return {"loss": loss, "grad_norm": norm.item(), "lr": lr, **ratios}
+
+    def save(self, folder: Path, extra: dict[str, Any]) -> None:
+        """Write an atomic checkpoint: trainable tensors, optimizer moments, step, RNG and the loop's `extra` state."""
+        with folder_atomic(folder) as scratch:
+            tensors: dict[str, Tensor] = {"rng": torch.get_rng_state()}
+            for index, parameter in enumerate(self.policy.parameters):
+                tensors[f"parameter.{index}"] = parameter.detach().contiguous()
+                for name, value in self._adam.state.get(parameter, {}).items():
+                    tensors[f"adam.{index}.{name}"] = value.detach().contiguous()
+            save_file(tensors, scratch / "state.safetensors")
+            state = {"step": self.step, "extra": extra, "sha256": sha256_file(scratch / "state.safetensors")}
+            (scratch / "state.json").write_text(json.dumps(state))
+
+    def load(self, folder: Path) -> dict[str, Any] | None:
+        """Restore a checkpoint and return its `extra`, or None when there is no checkpoint.
+
+        Raises:
+            Corrupt: the checkpoint's tensors do not match their checksum or this policy.
+        """
+        recover_folder(folder)
+        if not (folder / "state.json").exists():
+            return None
+        state = json.loads((folder / "state.json").read_text())
+        if sha256_file(folder / "state.safetensors") != state["sha256"]:
+            raise Corrupt(f"{folder}: state.safetensors does not match its checksum; delete the folder to start again")
+        tensors = load_file(folder / "state.safetensors")
+        for index, parameter in enumerate(self.policy.parameters):
+            stored = tensors.get(f"parameter.{index}")
+            if stored is None or stored.shape != parameter.shape:
+                raise Corrupt(f"{folder} was written for another model or recipe; delete it to start again")
+            parameter.data.copy_(stored)
+            prefix = f"adam.{index}."
+            moments = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+            if moments:
+                self._adam.state[parameter] = moments
+        torch.set_rng_state(tensors["rng"])
+        self.step = state["step"]
+        extra: dict[str, Any] = state["extra"]
+        return extra

@@ -1,0 +1,142 @@
+"""Measure any model on a data file of a use case, with the prompt that fits the model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ascent.ladder.runs import CLIMB, read_climb
+from ascent.ladder.usecase import UseCase, load_usecase
+from ascent.ladder.workspace import open_tasks
+from ascent.records import Report
+from ascent.records.errors import BadInput, UnknownName
+from ascent.records.files import write_atomic
+
+if TYPE_CHECKING:
+    from ascent.inference.engine import Engine
+
+MARK = "stage.json"
+"""Lies in the folder of a tuned model and names the use case and stage that it was tuned for."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model to measure. `tuned` tells whether it was tuned for this use case and expects the short prompt."""
+
+    name: str
+    folder: Path | None
+    tuned: bool
+    url: str | None = None
+
+
+def measure(
+    folder: Path,
+    model: str,
+    data: Path,
+    *,
+    stage: str | None = None,
+    progress: Callable[[int], None] | None = None,
+    limit: int | None = None,
+) -> Report:
+    """Measure a model on `data` with the use case's graders.
+
+    Args:
+        folder: the use case.
+        model: `champion` (of the latest run), a stage of it, a model of the store, a folder, or `remote:URL#model`.
+        data: rows with `input` and `expected`; only what `expected` lists is graded.
+        stage: the name in the report; by default the candidate's.
+        progress: hears how many items are done.
+        limit: measure only the first so many rows.
+
+    Raises:
+        BadInput, UnknownName: the use case, the model or the data cannot be used.
+    """
+    from ascent.evaluate.pool import GraderPool
+    from ascent.evaluate.suite import evaluate
+    from ascent.inference.engine import Sampling
+
+    candidate = find_candidate(folder, model)
+    usecase, loaded = open_tasks(folder, data, prompted=not candidate.tuned)
+    tasks = loaded.rows if limit is None else loaded.rows[:limit]
+    engine = engine_of(candidate)
+    with GraderPool(usecase.path(usecase.program), list(usecase.metrics.names)) as pool:
+        return evaluate(
+            engine,
+            tasks,
+            pool,
+            sampling=Sampling(max_tokens=usecase.sampling.max_tokens, temperature=0),
+            data=loaded.source,
+            stage=stage or candidate.name,
+            on_done=progress,
+        )
+
+
+def find_candidate(folder: Path, model: str) -> Candidate:
+    """Find what `model` means for this use case. Raises `UnknownName` when it means nothing."""
+    from ascent.inference.store import Store
+
+    usecase = load_usecase(folder)
+    if model.startswith("remote:"):
+        url, _, name = model.removeprefix("remote:").partition("#")
+        if not url or not name:
+            raise BadInput(f"{model!r} is not remote:URL#MODEL, such as remote:http://127.0.0.1:8000/v1#my-model")
+        return Candidate(name, None, False, url)
+    if (run := latest_run(folder)) is not None and (found := _of_run(run, model)) is not None:
+        return found
+    store = Store()
+    try:
+        place = store.resolve(model)
+    except UnknownName:
+        if model not in store.catalogue():
+            raise
+        from ascent.inference.pull import pull
+
+        place = pull(model, store)
+    return Candidate(place.name if Path(model).exists() else model, place, is_tuned(place, usecase))
+
+
+def engine_of(candidate: Candidate) -> Engine:
+    """Start the engine that runs a candidate."""
+    if candidate.url is not None:
+        from ascent.inference.engines.remote import RemoteEngine
+
+        return RemoteEngine(candidate.url, candidate.name)
+    from ascent.inference.engines.torch import TorchEngine
+
+    assert candidate.folder is not None
+    return TorchEngine.load(candidate.folder, candidate.name)
+
+
+def is_tuned(folder: Path, usecase: UseCase) -> bool:
+    """Whether the model in `folder` was tuned for this use case."""
+    mark = folder / MARK
+    return mark.is_file() and json.loads(mark.read_text()).get("use_case") == usecase.name
+
+
+def mark_tuned(folder: Path, usecase: UseCase, stage: str, run: str) -> None:
+    """Note in a model folder what it was tuned for."""
+    write_atomic(folder / MARK, json.dumps({"use_case": usecase.name, "stage": stage, "run": run}, indent=1))
+
+
+def latest_run(folder: Path) -> Path | None:
+    """Return the most recently started run of a use case that has a record."""
+    runs = [path.parent for path in (folder / "runs").glob(f"*/{CLIMB}")]
+    return max(runs, key=lambda run: (read_climb(run).started, run.name), default=None)
+
+
+def _of_run(run: Path, model: str) -> Candidate | None:
+    """Find a stage, or the champion, of a run."""
+    climb = read_climb(run)
+    name = climb.champion if model == "champion" else model
+    stage = next((stage for stage in climb.stages if name in (stage.name, stage.model) and stage.model), None)
+    if stage is None:
+        return None
+    if stage.row == "prompt":
+        from ascent.inference.store import Store
+
+        return Candidate(climb.model, Store().resolve(climb.model), False)
+    place = run / "stages" / stage.name / "model"
+    return Candidate(str(stage.model), place, True) if place.is_dir() else None

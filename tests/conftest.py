@@ -1,0 +1,14 @@
+"""Shared fixtures: a tiny, real model folder, so that no test downloads anything."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from laws.helpers import write_tiny_model
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A two-layer random Llama with a trained byte-level tokenizer and a ChatML template, in Hugging Face layout."""
+    return write_tiny_model(tmp_path_factory.mktemp("models") / "tiny")

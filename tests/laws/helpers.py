@@ -1,0 +1,156 @@
+"""What the law and training tests share: a tiny model, global batches for any row, and losses with their gradients."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ascent.customize.batch import TokenBatch, TrainSequence, collate
+from ascent.customize.objectives.credit import advantages
+from ascent.customize.objectives.rows import OnlineRow, PreferenceRow, Row, SupervisedRow, objective
+from ascent.customize.objectives.weights import WEIGHTS
+from ascent.customize.policy import Policy
+from ascent.inference.decoder import load_decoder
+from ascent.inference.lora import LoraConfig
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+CORPUS = [
+    "system user assistant You are a careful clerk who answers in one line.",
+    "Take one tablet by mouth twice a day with food. Apply a thin layer to the skin at night.",
+    "The quick brown fox jumps over the lazy dog; 0123456789 times, naïve café — déjà vu.",
+]
+Units = list[list[TrainSequence]]
+
+
+def write_tiny_model(folder: Path, *, seed: int = 0, spread: float = 0.25, context: int = 256) -> Path:
+    """Write a random Llama of two layers with its own tokenizer; `spread` is the deviation of its matrices."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=special, initial_alphabet=alphabet)
+    tokenizer.train_from_iterator(CORPUS * 4, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=CHATML
+    )
+    fast.save_pretrained(folder)
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(fast),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=context,
+        tie_word_embeddings=True,
+        bos_token_id=fast.eos_token_id,
+        eos_token_id=fast.eos_token_id,
+        pad_token_id=fast.pad_token_id,
+    )
+    model = LlamaForCausalLM(config).float()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, spread)
+    model.save_pretrained(folder)
+    return folder
+
+
+def tiny_policy(folder: Path, *, full: bool = False, moved: float = 0.0, seed: int = 0, rank: int = 4) -> Policy:
+    """An fp32 policy; `moved` shifts every trainable number by that deviation, so that policy and reference differ."""
+    policy = Policy.load(folder, "fp32", None if full else LoraConfig(rank, 2.0 * rank), seed)
+    if moved:
+        generator = torch.Generator().manual_seed(seed + 1)
+        with torch.no_grad():
+            for parameter in policy.parameters:
+                parameter += torch.randn(parameter.shape, generator=generator) * moved
+    return policy
+
+
+def random_sequence(dice: random.Random, vocab: int = 300) -> TrainSequence:
+    """A prompt of 1 to 9 tokens, then 1 to 14 targets; sometimes a second masked stretch, as in several turns."""
+    prompt, answer = dice.randint(1, 9), dice.randint(1, 14)
+    mask = [False] * prompt + [True] * answer
+    if dice.random() < 0.3:
+        mask += [False] * 3 + [True] * 2
+    return TrainSequence(tuple(dice.randrange(vocab) for _ in mask), tuple(mask))
+
+
+def global_batch(row: Row, policy: Policy, *, seed: int = 0, units: int = 6) -> Units:
+    """One weighted global batch that suits the row's kind, with ratios on both sides of any clip interval."""
+    dice = random.Random(seed)
+    if isinstance(row, SupervisedRow):
+        made = [[random_sequence(dice)] for _ in range(units)]
+        weights = WEIGHTS[row.weights]([unit[0].targets for unit in made])
+        for unit, weight in zip(made, weights, strict=True):
+            unit[0].ce_weight = weight
+        return made
+    if isinstance(row, PreferenceRow):
+        made = [[random_sequence(dice), random_sequence(dice)] for _ in range(units)]
+        for seq in flatten(made):
+            seq.pair_weight = 1 / units
+        policy.add_reference(made, 10_000)
+        return made
+    assert isinstance(row, OnlineRow)
+    made = [[random_sequence(dice)] for _ in range(units)]
+    rewards = [dice.random() for _ in made]
+    credits = advantages(rewards, row.baseline, row.scale)
+    weights = WEIGHTS[row.weights]([unit[0].targets for unit in made])
+    policy.add_reference(made, 10_000)
+    with torch.no_grad():
+        scored = policy.score(collate(flatten(made)))[0].tolist()
+    for (seq,), weight, credit in zip(made, weights, credits, strict=True):
+        seq.rl_weight = seq.kl_weight = weight
+        seq.advantage = credit
+        seq.old_logps = [scored.pop(0) + dice.gauss(0, 0.25) for _ in range(seq.targets)]
+    return made
+
+
+def flatten(units: Units) -> list[TrainSequence]:
+    """The sequences of all units."""
+    return [seq for unit in units for seq in unit]
+
+
+@dataclass
+class Result:
+    """A loss and the gradient of all trainable parameters as one vector."""
+
+    loss: float
+    gradient: Tensor
+
+    def assert_close(self, other: Result, relative: float = 1e-5) -> None:
+        """Compare loss and gradient; the gradient by the length of the difference."""
+        assert abs(self.loss - other.loss) <= relative * max(abs(other.loss), 1e-3), (self.loss, other.loss)
+        gap = (self.gradient - other.gradient).norm() / other.gradient.norm()
+        assert gap <= relative, f"gradients differ by {gap:.2e}"
+
+
+def loss_and_gradient(policy: Policy, row: Row, batches: Sequence[TokenBatch], temperature: float = 1.0) -> Result:
+    """Sum the row's loss over the micro-batches and collect the gradient, as the trainer does."""
+    for parameter in policy.parameters:
+        parameter.grad = None
+    total = 0.0
+    for batch in batches:
+        out = objective(row)(*policy.score(batch, temperature=temperature), batch)
+        out.loss.backward()
+        total += out.loss.item()
+    found = [p.grad if p.grad is not None else torch.zeros_like(p) for p in policy.parameters]
+    return Result(total, torch.cat([g.flatten() for g in found]).double())
+
+
+def bf16_decoder(folder: Path):
+    """The decoder of a folder in bfloat16."""
+    return load_decoder(folder, torch.bfloat16)
