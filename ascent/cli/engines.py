@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from ascent.inference.engine import Engine
     from ascent.inference.store import Store
 
 
@@ -33,3 +34,43 @@ def pull_model(name: str, store: Store) -> Path:
 
     with Progress(f"pull {name}", unit="bytes") as progress:
         return pull(name, store, lambda done, total: progress.update(done, total=total or None))
+
+
+def open_engine(model: str) -> Engine:
+    """Start an engine for a model of the store or catalogue, a model or adapter folder, or `remote:URL#MODEL`.
+
+    Raises:
+        UnknownName: there is no such model.
+        BadInput: the remote address is incomplete, or the embedded engine cannot run the architecture.
+    """
+    from ascent.inference.store import Store
+    from ascent.ladder.measure import Candidate, engine_of
+    from ascent.records.errors import BadInput
+
+    if model.startswith("remote:"):
+        url, _, name = model.removeprefix("remote:").partition("#")
+        if not url or not name:
+            raise BadInput(f"{model!r} is not remote:URL#MODEL, such as remote:http://127.0.0.1:8000/v1#my-model")
+        return engine_of(Candidate(name, None, False, url))
+    store = Store()
+    folder = model_folder(model, store)
+    if (folder / "adapter_config.json").is_file():
+        return _adapted(folder, store)
+    return engine_of(Candidate(folder.name, folder, False))
+
+
+def _adapted(folder: Path, store: Store) -> Engine:
+    """Start the embedded engine with an adapter merged into its base."""
+    import torch
+
+    from ascent.inference.chat import Renderer
+    from ascent.inference.decoder import load_decoder
+    from ascent.inference.engines.torch import TorchEngine
+    from ascent.inference.export import adapter_base
+    from ascent.inference.lora import load_adapter, merge
+
+    base = adapter_base(folder, store)
+    decoder = load_decoder(base, torch.bfloat16)
+    load_adapter(decoder, folder)
+    merge(decoder)
+    return TorchEngine(decoder, Renderer(base), folder.name)

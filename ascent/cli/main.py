@@ -6,6 +6,7 @@ imports what it needs when it runs.
 
 from __future__ import annotations
 
+import difflib
 import errno
 import importlib
 import os
@@ -50,6 +51,16 @@ class LazyGroup(click.Group):
         found: click.Command = importlib.import_module(COMMANDS[cmd_name][0]).command
         return found
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the command that was typed, or fail with the nearest one."""
+        typed = args[0]
+        if typed not in COMMANDS and not typed.startswith("-"):
+            near = difflib.get_close_matches(typed, COMMANDS, n=1)
+            ctx.fail(f"no command is called {typed!r}" + (f"; did you mean {near[0]!r}?" if near else "."))
+        return super().resolve_command(ctx, args)
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """List the commands without importing them."""
         with formatter.section("Commands"):
@@ -59,7 +70,7 @@ class LazyGroup(click.Group):
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="ascent")
 def cli() -> None:
-    """Post-train a language model for one task, and prove every step by measurement.
+    r"""Post-train a language model for one task, and prove every step by measurement.
 
     Begin with `ascent doctor`, then `ascent init DIR` and `ascent climb DIR`.
 

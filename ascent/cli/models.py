@@ -91,7 +91,7 @@ def verify(model: str) -> None:
 @command.command("export")
 @click.argument("model")
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--merged", "form", flag_value="merged", default=True, help="Whole weights, Hugging Face layout (default).")
+@click.option("--merged", "form", flag_value="merged", default=True, help="Whole weights (the default).")
 @click.option("--adapter", "form", flag_value="adapter", help="The LoRA adapter alone, PEFT format.")
 def export(model: str, out: Path, form: Literal["merged", "adapter"]) -> None:
     """Copy a model to the folder OUT, which must be empty or absent.

@@ -53,7 +53,8 @@ def _run(recipe: Recipe, folder: Path) -> None:
     start = model_folder(recipe.model, Store())
     with contextlib.ExitStack() as stack:
         card = train(recipe, start, data, folder, report=_progress(recipe.algorithm, stack), announce=_announce)
-    say(f"trained {card.steps} steps on {card.tokens:,} tokens in {card.seconds:.0f} s, at most {card.peak_rss_mb:,.0f} MB")
+    size = f"at most {card.peak_rss_mb:,.0f} MB"
+    say(f"trained {card.steps} steps on {card.tokens:,} tokens in {card.seconds:.0f} s, {size}")
     say(f"model: {folder / 'model'}")
     say(f"talk to it: ascent chat {folder / 'model'}")
 
@@ -111,7 +112,7 @@ def _take_folder(folder: Path, recipe: Recipe, resume: bool) -> None:
     copy = folder / RECIPE_COPY
     if copy.is_file():
         if not resume:
-            raise BadInput(f"{folder} holds a run already; go on with it by --resume, or give another folder with --out")
+            raise BadInput(f"{folder} holds a run already; continue it with --resume, or give another --out")
         if copy.read_text(encoding="utf-8") != text:
             raise BadInput(
                 f"{folder} was begun with another recipe (its {RECIPE_COPY} differs), and a run that changes half-way "
@@ -140,6 +141,6 @@ def _progress(task: str, stack: contextlib.ExitStack) -> Callable[[int, int, dic
             shown.append(stack.enter_context(Progress(task, total, start=step)))
         chosen = {name: numbers[name] for name in SHOWN if name in numbers}
         tokens = int(numbers.get("tokens", 0)) if step > shown[0].done else 0
-        shown[0].update(step, tokens=tokens, **chosen)
+        shown[0].update(step, total=total, tokens=tokens, **chosen)
 
     return report

@@ -158,8 +158,8 @@ class OnlineRecipe(RecipeBase):
     """Sampling temperature, also used when the trainer scores."""
     refills: int = Field(default=3, ge=0)
     """DAPO: how often a step's prompts may be drawn again to replace groups without spread."""
-    overlong_cache: int = Field(default=16, ge=1)
-    """DAPO: the soft punishment starts this many tokens before `max_tokens`."""
+    overlong_cache: int | None = Field(default=None, ge=1)
+    """DAPO: the soft punishment starts this many tokens before `max_tokens`; null for a quarter of them."""
     kl: float | None = Field(default=None, ge=0)
     """Weight of the KL to the start model; null keeps the row's own (grpo 0.04, dapo 0)."""
     optim: OptimSpec = OptimSpec(lr=1e-4, schedule="constant", warmup_fraction=0.1)
@@ -167,8 +167,8 @@ class OnlineRecipe(RecipeBase):
 
     @field_validator("overlong_cache")
     @classmethod
-    def _cache_fits(cls, value: int, info: Any) -> int:
-        if value > info.data.get("max_tokens", value):
+    def _cache_fits(cls, value: int | None, info: Any) -> int | None:
+        if value is not None and value > info.data.get("max_tokens", value):
             raise ValueError("overlong_cache cannot exceed max_tokens")
         return value
 
@@ -192,23 +192,28 @@ def load_recipe(path: Path) -> Recipe:
     Raises:
         BadRecipe: a malformed file, an unknown key (with the nearest valid one) or a value out of range, with its line.
     """
+    algorithm, line = _algorithm(path)
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
-        raw = None  # load_yaml below reports what is wrong, with the line
-    algorithm = raw.get("algorithm") if isinstance(raw, dict) else None
-    if isinstance(raw, dict) and algorithm is None:
-        raise BadRecipe(
-            f"the recipe names no algorithm; add a line such as 'algorithm: sft' ({', '.join(ROWS)})",
-            file=path,
-        )
-    try:
-        kind = recipe_class(str(algorithm or "sft"))
+        kind = recipe_class(algorithm)
     except UnknownName as error:
-        raise BadRecipe(str(error), file=path, field="algorithm") from error
-    except TypeError as error:
-        raise BadRecipe("algorithm must be a name", file=path, field="algorithm") from error
+        raise BadRecipe(str(error), file=path, line=line, field="algorithm") from error
     return _rooted(load_yaml(path, kind), path.parent)
+
+
+def _algorithm(path: Path) -> tuple[str, int]:
+    """Return the recipe's algorithm and its line. A file that is no mapping is left to `load_yaml`, which says why."""
+    try:
+        root = yaml.compose(path.read_text(encoding="utf-8-sig"), Loader=yaml.SafeLoader)
+    except (OSError, ValueError, yaml.YAMLError):
+        return "sft", 1
+    if not isinstance(root, yaml.MappingNode):
+        return "sft", 1
+    for key, value in root.value:
+        if key.value == "algorithm" and value.value:
+            return str(value.value), key.start_mark.line + 1
+    raise BadRecipe(
+        f"the recipe names no algorithm; add a line such as 'algorithm: sft' ({', '.join(ROWS)})", file=path
+    )
 
 
 def _rooted(recipe: Recipe, folder: Path) -> Recipe:

@@ -12,7 +12,7 @@ from typing import Any
 
 from ascent.customize.trainer import Trainer
 from ascent.observe.metrics import MetricLog
-from ascent.records.errors import Interrupted
+from ascent.records.errors import BadInput, Interrupted
 
 StepReport = Callable[[int, int, dict[str, float]], None]
 
@@ -20,7 +20,8 @@ StepReport = Callable[[int, int, dict[str, float]], None]
 class TrainingRun:
     """Drives a trainer through its steps. `state` is the loop's own JSON state and rests in every checkpoint.
 
-    Checkpoints fall on multiples of `boundary` only: the updates that share one rollout are resumed together.
+    Checkpoints fall on multiples of `boundary` only: the updates that share one rollout are resumed together. A
+    checkpoint is resumed only under the `identity` that wrote it, so that no run is half one recipe, half another.
     """
 
     def __init__(
@@ -29,11 +30,12 @@ class TrainingRun:
         *,
         checkpoint_every: int,
         boundary: int = 1,
+        identity: str = "",
         report: StepReport | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.folder, self.report, self._clock = folder, report, clock
-        self.checkpoint_every, self.boundary = checkpoint_every, boundary
+        self.checkpoint_every, self.boundary, self.identity = checkpoint_every, boundary, identity
         self.state: dict[str, Any] = {}
         self.seconds = 0.0
         self.tokens = 0
@@ -50,11 +52,18 @@ class TrainingRun:
         """Yield the steps still to do; after each, log it, and checkpoint when due.
 
         Raises:
+            BadInput: the checkpoint was written by another run.
             Interrupted: Ctrl-C was pressed; the finished step is in the checkpoint.
         """
         extra = trainer.load(self.checkpoint)
         if extra is not None:
-            self.state, self.seconds, self.tokens = extra["state"], extra["seconds"], extra["tokens"]
+            if extra["identity"] != self.identity:
+                raise BadInput(
+                    f"{self.checkpoint} was written under another recipe or other data; undo the change to go on with "
+                    f"that run, or start this one in another folder"
+                )
+            self.state, self.last = extra["state"], extra["last"]
+            self.seconds, self.tokens = extra["seconds"], extra["tokens"]
         self._metrics.truncate_after(trainer.step)
         since = 0
         with interrupt_flag() as interrupted:
@@ -68,14 +77,22 @@ class TrainingRun:
                 if whole and (done or interrupted() or since >= self.checkpoint_every):
                     since = 0
                     self._metrics.close()
-                    extra = {"state": self.state, "seconds": self.seconds, "tokens": self.tokens}
-                    trainer.save(self.checkpoint, extra)
+                    trainer.save(self.checkpoint, self._extra())
                 if interrupted() and whole and not done:
                     raise Interrupted(
                         f"stopped after step {trainer.step} of {trainer.total_steps}; the checkpoint is in "
                         f"{self.checkpoint}. Run the same command with --resume to go on"
                     )
         self._metrics.close()
+
+    def _extra(self) -> dict[str, Any]:
+        return {
+            "identity": self.identity,
+            "state": self.state,
+            "last": self.last,
+            "seconds": self.seconds,
+            "tokens": self.tokens,
+        }
 
     def log(self, step: int, total: int, tokens: int, metrics: dict[str, float]) -> None:
         """Record one finished step (1-based in the log)."""

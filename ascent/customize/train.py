@@ -30,7 +30,7 @@ from ascent.inference.decoder import load_decoder
 from ascent.inference.engines.torch import TorchEngine
 from ascent.records import DataSource, Message, Preference, RunCard, Task, digest
 from ascent.records.errors import BadInput
-from ascent.records.files import folder_atomic, write_atomic
+from ascent.records.files import folder_atomic, recover_folder, write_atomic
 
 SIDE_FILES = (
     "config.json",
@@ -66,23 +66,36 @@ def train(
     A finished run is not repeated: its card is read back. An unfinished one goes on from its checkpoint.
 
     Raises:
-        BadInput: there is nothing to train on, or a row is longer than the context.
+        BadInput: there is nothing to train on, a row is longer than the context, or the folder holds a run of another
+            recipe or of other data.
         Interrupted: Ctrl-C; the state is in the checkpoint.
     """
     finished = folder / "run.json"
+    identity = run_id(recipe, data.sources)
     if finished.exists():
-        return RunCard.from_json(finished.read_bytes())
+        card = RunCard.from_json(finished.read_bytes())
+        if card.id != identity:
+            raise BadInput(
+                f"{folder} holds the finished run {card.id}, not {identity}; give another folder, or empty it"
+            )
+        return card
     torch.manual_seed(recipe.seed)
     renderer = Renderer(start)
     row = _row_of(recipe)
     boundary = recipe.minibatches if isinstance(recipe, OnlineRecipe) else 1
-    run = TrainingRun(folder, checkpoint_every=recipe.checkpoint_every, boundary=boundary, report=report)
+    run = TrainingRun(
+        folder,
+        checkpoint_every=recipe.checkpoint_every,
+        boundary=boundary,
+        identity=identity,
+        report=report,
+    )
     if isinstance(recipe, OnlineRecipe):
         trainer = _start(recipe, start, recipe.steps, announce, {"prompts": len(data.tasks)})
         _online(recipe, row, trainer, data.tasks, start, renderer, run)
     elif isinstance(recipe, DpoRecipe):
         pairs = pair_sequences(data.preferences, renderer)
-        _check_lengths([seq for pair in pairs for seq in pair], trainer_context(start))
+        _check_lengths(pairs, trainer_context(start))
         trainer = _start(recipe, start, _steps(recipe, len(pairs)), announce, {"pairs": len(pairs)})
         assert isinstance(row, PreferenceRow)
         train_preference(
@@ -96,7 +109,7 @@ def train(
         )
     else:
         sequences = conversation_sequences(data.conversations, renderer)
-        _check_lengths(sequences, trainer_context(start))
+        _check_lengths([[seq] for seq in sequences], trainer_context(start))
         tokens = sum(len(seq.token_ids) for seq in sequences)
         facts = {"demonstrations": len(sequences), "tokens per epoch": tokens}
         trainer = _start(recipe, start, _steps(recipe, len(sequences)), announce, facts)
@@ -111,10 +124,19 @@ def train(
             seed=recipe.seed,
         )
     save_model(trainer.policy, start, folder / "model", recipe.model)
-    card = _card(recipe, row, data.sources, run, trainer)
+    card = _card(recipe, data.sources, run, trainer)
     write_atomic(finished, card.to_json(indent=1))
     shutil.rmtree(run.checkpoint, ignore_errors=True)
     return card
+
+
+def run_id(recipe: Recipe, sources: Sequence[DataSource]) -> str:
+    """Name a run by its recipe and the bytes of its data; where the files lie does not matter."""
+    content = recipe.model_dump(mode="json", exclude={"data", "prompts", "program"})
+    content["model"] = Path(recipe.model).name
+    parts = recipe.prompts if isinstance(recipe, OnlineRecipe) else recipe.data
+    content["weights"] = [part.weight for part in parts]
+    return f"{recipe.algorithm}-{digest([content, [source.sha256 for source in sources]])[:12]}"
 
 
 def conversation_sequences(conversations: Sequence[tuple[Message, ...]], renderer: Renderer) -> list[TrainSequence]:
@@ -139,6 +161,7 @@ def pair_sequences(preferences: Sequence[Preference], renderer: Renderer) -> lis
 
 def save_model(policy: Policy, start: Path, folder: Path, base: str) -> None:
     """Write merged weights, tokenizer and configuration, and the adapter in PEFT format beside them."""
+    recover_folder(folder)
     with folder_atomic(folder) as scratch:
         for pattern in SIDE_FILES:
             for file in start.glob(pattern):
@@ -170,7 +193,7 @@ def _online(
         max_tokens=recipe.max_tokens,
         temperature=recipe.temperature,
         refills=recipe.refills,
-        overlong_cache=recipe.overlong_cache,
+        overlong_cache=recipe.overlong_cache or max(1, recipe.max_tokens // 4),
         reward=recipe.reward,
     )
     if not tasks:
@@ -224,20 +247,18 @@ def _steps(recipe: SftRecipe | DpoRecipe, rows: int) -> int:
     return max(1, math.ceil(recipe.epochs * rows / recipe.batch_size))
 
 
-def _check_lengths(sequences: Sequence[TrainSequence], context: int) -> None:
-    for index, seq in enumerate(sequences, 1):
-        if len(seq.token_ids) > context:
-            raise BadInput(
-                f"row {index} has {len(seq.token_ids)} tokens, the model's context is {context}; shorten or drop it"
-            )
+def _check_lengths(rows: Sequence[Sequence[TrainSequence]], context: int) -> None:
+    for index, row in enumerate(rows, 1):
+        longest = max(len(seq.token_ids) for seq in row)
+        if longest > context:
+            raise BadInput(f"row {index} has {longest} tokens, the model's context is {context}; shorten or drop it")
 
 
-def _card(recipe: Recipe, row: Row, sources: tuple[DataSource, ...], run: TrainingRun, trainer: Trainer) -> RunCard:
-    content = recipe.model_dump(mode="json")
+def _card(recipe: Recipe, sources: tuple[DataSource, ...], run: TrainingRun, trainer: Trainer) -> RunCard:
     return RunCard(
-        id=f"{row.name}-{digest([content, [s.sha256 for s in sources]])[:12]}",
-        row=row.name,
-        recipe=content,
+        id=run.identity,
+        row=recipe.algorithm,
+        recipe=recipe.model_dump(mode="json"),
         base=recipe.model,
         seed=recipe.seed,
         data=sources,

@@ -10,16 +10,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ascent.customize.batch import TokenBatch
 from ascent.customize.objectives.rows import Objective
 from ascent.customize.policy import Policy
+from ascent.inference.tensors import read_tensors, write_tensors
+from ascent.records import digest
 from ascent.records.errors import Corrupt
 from ascent.records.files import folder_atomic, recover_folder, sha256_file
 
 Schedule = Literal["constant", "linear", "cosine"]
+STATE, TENSORS = "state.json", "state.safetensors"
 
 
 @dataclass(frozen=True)
@@ -101,33 +103,48 @@ class Trainer:
                 tensors[f"parameter.{index}"] = parameter.detach().contiguous()
                 for name, value in self._adam.state.get(parameter, {}).items():
                     tensors[f"adam.{index}.{name}"] = value.detach().contiguous()
-            save_file(tensors, scratch / "state.safetensors")
-            state = {"step": self.step, "extra": extra, "sha256": sha256_file(scratch / "state.safetensors")}
-            (scratch / "state.json").write_text(json.dumps(state))
+            write_tensors(scratch / TENSORS, tensors)
+            state = {"step": self.step, "extra": extra, "tensors": sha256_file(scratch / TENSORS)}
+            (scratch / STATE).write_text(json.dumps({"state": state, "sha256": digest(state)}), encoding="utf-8")
 
     def load(self, folder: Path) -> dict[str, Any] | None:
         """Restore a checkpoint and return its `extra`, or None when there is no checkpoint.
 
         Raises:
-            Corrupt: the checkpoint's tensors do not match their checksum or this policy.
+            Corrupt: a file of the checkpoint is missing, was changed, or does not belong to this policy.
         """
         recover_folder(folder)
-        if not (folder / "state.json").exists():
+        if not folder.exists():
             return None
-        state = json.loads((folder / "state.json").read_text())
-        if sha256_file(folder / "state.safetensors") != state["sha256"]:
-            raise Corrupt(f"{folder}: state.safetensors does not match its checksum; delete the folder to start again")
-        tensors = load_file(folder / "state.safetensors")
+        state = _read_state(folder)
+        tensors = read_tensors(folder / TENSORS)
+        count = len(self.policy.parameters)
+        stored = [tensors.get(f"parameter.{index}") for index in range(count)]
+        shapes = [None if tensor is None else tensor.shape for tensor in stored]
+        if f"parameter.{count}" in tensors or shapes != [parameter.shape for parameter in self.policy.parameters]:
+            raise Corrupt(f"{folder} was written for another model or recipe; delete it to start again")
         for index, parameter in enumerate(self.policy.parameters):
-            stored = tensors.get(f"parameter.{index}")
-            if stored is None or stored.shape != parameter.shape:
-                raise Corrupt(f"{folder} was written for another model or recipe; delete it to start again")
-            parameter.data.copy_(stored)
+            parameter.data.copy_(tensors[f"parameter.{index}"])
             prefix = f"adam.{index}."
-            moments = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+            moments = {k.removeprefix(prefix): v.clone() for k, v in tensors.items() if k.startswith(prefix)}
             if moments:
                 self._adam.state[parameter] = moments
         torch.set_rng_state(tensors["rng"])
         self.step = state["step"]
         extra: dict[str, Any] = state["extra"]
         return extra
+
+
+def _read_state(folder: Path) -> dict[str, Any]:
+    """Return a checkpoint's state after checking it and the tensors beside it against their checksums."""
+    remedy = "delete the folder to start again"
+    try:
+        stored = json.loads((folder / STATE).read_bytes())
+        state: dict[str, Any] = stored["state"]
+        if stored["sha256"] != digest(state):
+            raise Corrupt(f"{folder / STATE} does not match its checksum; {remedy}")
+        if sha256_file(folder / TENSORS) != state["tensors"]:
+            raise Corrupt(f"{folder / TENSORS} does not match its checksum; {remedy}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise Corrupt(f"{folder} is not a whole checkpoint ({error!r}); {remedy}") from error
+    return state

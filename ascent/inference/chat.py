@@ -56,7 +56,7 @@ class Renderer:
 
         try:
             self.tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, TypeError) as error:
             raise BadInput(f"{folder}: no tokenizer can be loaded ({error}); give a model folder") from error
         if not self.tokenizer.chat_template:
             raise BadInput(
@@ -119,7 +119,8 @@ class Renderer:
                 if index == 0:
                     raise BadInput("a conversation cannot begin with an assistant message")
                 prompts.append(self._text(messages[:index], True))
-                if not text.startswith(prompts[-1]):
+                turn = self._text(messages[: index + 1], False) if index + 1 < len(messages) else text
+                if not (text.startswith(prompts[-1]) and text.startswith(turn)):
                     raise BadInput(
                         f"{self.folder}: the chat template writes message {index + 1} differently once "
                         "others follow, so the tokens of a turn cannot be told apart; train on "

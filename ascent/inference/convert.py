@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import tempfile
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -90,12 +90,17 @@ def import_model(
             "config.json and *.safetensors, or a PEFT adapter folder. Pickled weights (.bin, .pt) are not "
             "read because they can run code"
         )
-    origin = f"{origin}@{sha256_file(path)}"
-    store.root.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=store.root, prefix=".convert-") as scratch:
-        folder = Path(scratch)
-        convert_gguf(path, folder, dtype=dtype)
-        return store.add(folder, _card(inspect_folder(folder), name, origin, licence, family, None), consume=True)
+    sha256 = sha256_file(path)
+    with store.lock(f"convert-{sha256[:12]}"):
+        folder = store.root / f".convert-{sha256[:12]}"
+        shutil.rmtree(folder, ignore_errors=True)  # what a killed process left
+        folder.mkdir()
+        try:
+            convert_gguf(path, folder, dtype=dtype)
+            card = _card(inspect_folder(folder), name, f"{origin}@{sha256}", licence, family, None)
+            return store.add(folder, card, consume=True)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def convert_gguf(gguf: Path, out: Path, *, dtype: Dtype | None = None) -> None:

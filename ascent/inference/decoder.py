@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ascent.inference.lora import Linear, block_of
+from ascent.inference.tensors import read_tensors, write_tensors
 from ascent.records.errors import BadInput, Corrupt
 
 ARCHITECTURES = {
@@ -281,11 +281,8 @@ class Decoder(nn.Module):
                     tensors[f"{prefix}{block_of(part)}.{part}.weight"] = weight
                     if bias is not None:
                         tensors[f"{prefix}{block_of(part)}.{part}.bias"] = bias
-        save_file(
-            {name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()},
-            folder / "model.safetensors",
-            {"format": "pt"},
-        )
+        copies = {name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}
+        write_tensors(folder / "model.safetensors", copies, {"format": "pt"})
 
 
 def rope_frequencies(config: DecoderConfig) -> Tensor:
@@ -318,7 +315,7 @@ def load_decoder(folder: Path, dtype: torch.dtype = torch.float32) -> Decoder:
     if not files:
         raise Corrupt(f"{folder} holds no model*.safetensors; pull or import the model again")
     for file in files:
-        raw.update(load_file(file))
+        raw.update(read_tensors(file))
     with torch.device("meta"):
         model = Decoder(config, dtype)
 

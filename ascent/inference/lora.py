@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ascent.inference.tensors import read_tensors, write_tensors
 from ascent.records.errors import BadInput, Corrupt
 from ascent.records.files import write_atomic
 
@@ -184,7 +184,7 @@ def save_adapter(model: Decoder, config: LoraConfig, folder: Path, base: str) ->
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _named(model)}
     if not tensors:
         raise BadInput("the model carries no adapter to save")
-    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+    write_tensors(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
     card = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -213,7 +213,7 @@ def read_adapter_config(folder: Path) -> tuple[LoraConfig, str]:
 def load_adapter(model: Decoder, folder: Path) -> LoraConfig:
     """Attach the adapter stored in `folder`. Raises `Corrupt` when its tensors do not fit this base."""
     config, base = read_adapter_config(folder)
-    tensors = load_file(folder / "adapter_model.safetensors")
+    tensors = read_tensors(folder / "adapter_model.safetensors")
     attach(model, config)
     for name, parameter in _named(model):
         if name not in tensors or tensors[name].shape != parameter.shape:

@@ -108,6 +108,8 @@ class Store:
         target = self.models / f"{name}@{sha256[:12]}"
         with self.lock("store"):
             recover_folder(target)
+            for debris in self.models.glob(".*.tmp"):  # of a process that was killed: all others wait for the lock
+                shutil.rmtree(debris, ignore_errors=True)
             if (target / CARD).is_file():
                 return target
             if not consume:
@@ -184,7 +186,7 @@ class Store:
             hint = f". The folder {name} exists but has neither {' nor '.join(MODEL_MARKS)}"
         if name in catalogue:
             hint = f". It is in the catalogue; fetch it with: ascent models pull {name}"
-        known = {_base(card.id) for card in cards} | catalogue.keys()
+        known = {_base(card.id) for card in cards} | (catalogue.keys() - {name})
         raise UnknownName("model", name, known, hint=hint)
 
 

@@ -1,5 +1,4 @@
-"""Where a package index keeps a wheel: the simple index protocol (PEP 503 and 691), with the user's pip
-settings.
+"""Where a package index keeps a wheel: the simple index protocol (PEP 503 and 691), under pip's settings.
 
 pip itself can only fetch wheels whole. Finding the address first makes a large download resumable; pip
 remains the way out for indexes that this module cannot read (local folders, credentials from a keyring).
@@ -7,8 +6,8 @@ remains the way out for indexes that this module cannot read (local folders, cre
 
 from __future__ import annotations
 
+import ast
 import os
-import shlex
 import subprocess
 import sys
 from base64 import b64encode
@@ -32,9 +31,7 @@ PIP_TIMEOUT_S = 1800
 
 
 class Refused(PullFailed):
-    """A server said no, or a wheel is in no index that can be read here: asking again the same way is
-    useless.
-    """
+    """A server said no, or no index that can be read here has the wheel: asking again is useless."""
 
 
 @dataclass(frozen=True)
@@ -80,14 +77,12 @@ def locate_wheel(requirement: str) -> Remote:
 
 def pip_download(requirement: str, folder: Path) -> Path:
     """Let pip fetch the wheel into `folder` by its own means, without dependencies, and return its path."""
-    run_pip("download", "--no-deps", "--only-binary=:all:", f"--dest={folder}", requirement)
+    run_pip("download", "--quiet", "--no-deps", "--only-binary=:all:", f"--dest={folder}", requirement)
     return next(folder.glob("*.whl"))
 
 
 def pip_settings() -> dict[str, str]:
-    """Return pip's settings by their plain names; the environment goes before commands, commands before
-    global.
-    """
+    """Return pip's settings by their plain names: environment before commands, commands before global."""
     ranked: dict[str, tuple[int, str]] = {}
     for line in run_pip("config", "list").splitlines():
         key, _, quoted = line.partition("=")
@@ -95,7 +90,7 @@ def pip_settings() -> dict[str, str]:
         section, name = (":env:", name) if key.startswith(":env:") else (section, name)
         rank = {"global": 0, "install": 1, "download": 2, ":env:": 3}.get(section)
         if rank is not None and rank >= ranked.get(name, (0, ""))[0]:
-            ranked[name] = (rank, " ".join(shlex.split(quoted)))
+            ranked[name] = (rank, str(ast.literal_eval(quoted)))
     return {name: value for name, (_, value) in ranked.items()}
 
 
@@ -105,7 +100,7 @@ def run_pip(*arguments: str) -> str:
     Raises:
         PullFailed: pip failed or is not installed; the message holds its own words.
     """
-    command = [sys.executable, "-m", "pip", *arguments, "--quiet", "--disable-pip-version-check"]
+    command = [sys.executable, "-m", "pip", *arguments, "--disable-pip-version-check"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=PIP_TIMEOUT_S, check=False)
     except subprocess.TimeoutExpired as error:
@@ -142,16 +137,15 @@ def _links(page: str, bundle: str | None) -> list[tuple[str, str, str | None]]:
     """Return (file name, address, sha256) of everything an index page offers."""
     answer = requests.get(page, headers={"Accept": ACCEPT}, timeout=INDEX_TIMEOUT_S, verify=bundle or certificates())
     answer.raise_for_status()
+    base = _public(answer.url)
     if "json" in answer.headers.get("Content-Type", ""):
         files: list[dict[str, Any]] = answer.json()["files"]
-        return [
-            (file["filename"], urljoin(answer.url, file["url"]), file.get("hashes", {}).get("sha256")) for file in files
-        ]
+        return [(file["filename"], urljoin(base, file["url"]), file.get("hashes", {}).get("sha256")) for file in files]
     anchors = _Anchors()
     anchors.feed(answer.text)
     found = []
     for href in anchors.found:
-        url, fragment = urldefrag(urljoin(answer.url, href))
+        url, fragment = urldefrag(urljoin(base, href))
         sha256 = fragment.removeprefix("sha256=") if fragment.startswith("sha256=") else None
         found.append((unquote(Path(urlsplit(url).path).name), url, sha256))
     return found

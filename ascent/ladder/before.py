@@ -40,9 +40,9 @@ def before_stage(evidence: Evidence) -> Verdict:
 def _target_met(evidence: Evidence) -> Finding | None:
     spec, champion = evidence.spec, evidence.champion
     primary = spec.metrics.primary
-    if champion is None or primary.name not in champion.metrics:
+    estimate = champion.metrics.get(primary.name) if champion else None
+    if champion is None or estimate is None or estimate.n == 0:
         return None
-    estimate = champion.metrics[primary.name]
     numbers = {
         "champion": champion.stage,
         "primary": estimate.value,
@@ -61,8 +61,8 @@ def _target_met(evidence: Evidence) -> Finding | None:
         limited = champion.metrics.get(guard.name)
         if guard.limit is None or limited is None:
             continue
-        outside = limited.high > guard.limit if guard.direction == "lower" else limited.low < guard.limit
-        if outside:
+        inside = limited.high <= guard.limit if guard.direction == "lower" else limited.low >= guard.limit
+        if not inside:
             return Finding(
                 f"The target of {percent(primary.target)} is met ({measured}), but {guard.name} is at "
                 f"{estimate_words(limited)} and must keep to {percent(guard.limit)} with its whole interval.",
@@ -87,6 +87,8 @@ def _verifier(evidence: Evidence) -> Finding | None:
             Decision.NO_GO,
         )
     needed = spec.thresholds.verifier_agreement
+    if check is None and evidence.planning:
+        return Finding(f"The reward {spec.reward!r} is still to be checked against known answers; the climb does so.")
     if check is None or check.items == 0:
         return Finding(
             f"The reward {spec.reward!r} has not been checked against known answers; give the training "
@@ -268,5 +270,5 @@ def _gain_to_detect(evidence: Evidence) -> float:
     """Return the smallest gain worth noticing: the use case's own, or half of what the target still lacks."""
     spec, champion = evidence.spec, evidence.champion
     estimate = champion.metrics.get(spec.metrics.primary.name) if champion else None
-    missing = spec.metrics.primary.target - estimate.value if estimate else 0.0
+    missing = spec.metrics.primary.target - estimate.value if estimate and estimate.n else 0.0
     return min(0.5, max(spec.thresholds.worthwhile_gain, missing / 2))

@@ -24,34 +24,25 @@ CURVES: dict[str, tuple[str, str]] = {
 }
 """Training metrics that are drawn, in this order, with title and unit. Others stay in report.json."""
 
-WIDTH, LEFT, RIGHT, TOP, ROW, FOOT = 760, 168, 150, 30, 56, 26
-
 
 def interval_plot(stages: Sequence[Json], target: float) -> Json:
-    """Return the geometry of the accuracy plot: one row per measured stage, with interval and claimed band."""
+    """Return the geometry of the accuracy plot: one row per measured stage, with interval and claimed band.
+
+    Positions are percentages of the plot's width, so that the plot may be any width while its text keeps its size.
+    """
     rows = [stage for stage in stages if stage["estimate"]]
-    values = [stage["estimate"][key] for stage in rows for key in ("low", "high")]
-    low, high = scale([*values, target])
-    height = TOP + ROW * len(rows) + FOOT
+    low, high = scale([*(stage["estimate"][key] for stage in rows for key in ("low", "high")), target])
+    fraction = (low, high) == (0.0, 1.0)
 
     def x(value: float) -> float:
-        inside = min(max(value, low), high)
-        return round(LEFT + (inside - low) / (high - low) * (WIDTH - LEFT - RIGHT), 1)
+        return round(100 * (min(max(value, low), high) - low) / (high - low), 2)
 
-    fraction = (low, high) == (0.0, 1.0)
     return {
-        "width": WIDTH,
-        "height": height,
-        "left": LEFT,
-        "right": WIDTH - RIGHT,
-        "top": TOP,
-        "bottom": TOP + ROW * len(rows),
         "target": x(target),
         "ticks": [(x(tick), label(tick, fraction)) for tick in ticks(low, high)],
         "fraction": fraction,
         "rows": [
             {
-                "y": TOP + ROW * index + ROW // 2,
                 "name": stage["name"],
                 "title": stage["title"],
                 "champion": stage["champion"],
@@ -59,9 +50,10 @@ def interval_plot(stages: Sequence[Json], target: float) -> Json:
                 "low": x(stage["estimate"]["low"]),
                 "high": x(stage["estimate"]["high"]),
                 "band": [x(edge) for edge in stage["claimed"]["band"]] if fraction else None,
+                "claimed": stage["claimed"]["band"] if fraction else None,
                 "estimate": stage["estimate"],
             }
-            for index, stage in enumerate(rows)
+            for stage in rows
         ],
     }
 

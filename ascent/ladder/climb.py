@@ -28,7 +28,6 @@ from ascent.records.errors import BadInput
 from ascent.records.files import write_atomic
 
 if TYPE_CHECKING:
-    from ascent.customize.recipes import Recipe
     from ascent.customize.rollout import Group
 
 SAMPLES_PER_PROMPT = 8
@@ -73,20 +72,14 @@ def climb(
         Interrupted: Ctrl-C during training; `resume=True` continues from the checkpoint.
     """
     workspace = open_workspace(folder)
+    for stage in workspace.usecase.stages:
+        if stage.kind != "prompt":  # a bad override is found before anything runs
+            recipe_of(workspace.usecase, stage, workspace.usecase.model, seed)
     run_folder, record = _open_run(workspace, seed, resume)
     ascent = _Ascent(workspace, run_folder, record, progress, say)
     for stage in workspace.usecase.stages:
-        recipe_of_stage(ascent, stage, "check")
-    for stage in workspace.usecase.stages:
         ascent.take(stage)
     return ascent.finish()
-
-
-def recipe_of_stage(ascent: _Ascent, stage: StageSpec, model: str) -> Recipe | None:
-    """The recipe of a trained stage, None for the prompted one; a bad override is found before anything runs."""
-    if stage.kind == "prompt":
-        return None
-    return recipe_of(ascent.usecase, stage, model, ascent.record.seed)
 
 
 @dataclass
@@ -233,9 +226,8 @@ class _Ascent:
 
     def _forecast(self, stage: StageSpec, inventory: Inventory) -> Spend:
         """Forecast from token counts and this machine's measured rate."""
-        recipe = recipe_of_stage(self, stage, "forecast")
+        recipe = recipe_of(self.usecase, stage, self.record.model, self.record.seed)
         train = self.workspace.train
-        assert recipe is not None
         if train is None:
             return Spend()
         from ascent.customize.recipes import OnlineRecipe
@@ -262,8 +254,7 @@ class _Ascent:
 
         start = self._candidate(str(self.record.champion))
         assert start.folder is not None
-        recipe = recipe_of_stage(self, stage, start.name)
-        assert recipe is not None
+        recipe = recipe_of(self.usecase, stage, start.name, self.record.seed)
         folder = self.run_folder / "stages" / stage.name
         data = self._training_data(stage)
         with self.progress(f"{stage.name}: training", None) as line:

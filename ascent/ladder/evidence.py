@@ -54,7 +54,11 @@ class Spend:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What is known before a stage. `verifier` and `probe` matter to online stages only."""
+    """What is known before a stage. `verifier` and `probe` matter to online stages only.
+
+    `planning` says that nothing has been run for this stage yet: what the climb itself will find out (does
+    the verifier hold, is there head-room) is then an open question instead of a shortcoming.
+    """
 
     stage: StageSpec
     spec: UseCase
@@ -64,6 +68,7 @@ class Evidence:
     probe: Probe | None = None
     spent: Spend = Spend()
     forecast: Spend = Spend()
+    planning: bool = False
 
 
 @dataclass(frozen=True)

@@ -146,6 +146,8 @@ def stage_facts(
     kind = KINDS.get(stage.row, "online")
     phase, card = usecase.priors.phase(kind), read_run_card(run_folder, stage)
     estimate = report.metrics.get(usecase.metrics.primary.name) if report else None
+    if estimate is not None and estimate.n == 0:
+        estimate = None
     return {
         "name": stage.name,
         "row": stage.row,

@@ -46,6 +46,7 @@ def render(facts: dict[str, Any]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.policies["json.dumps_kwargs"] = {}  # components keep the order of the data
     environment.filters.update(
         percent=percent, points=points, signed=signed, duration=duration, value=shown_value, json=shown_json
     )

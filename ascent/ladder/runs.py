@@ -17,6 +17,7 @@ from typing import Any
 
 from pydantic import ConfigDict, Field
 
+from ascent.evaluate.log import read_report
 from ascent.records import DataSource, Record, Report, RunCard, Verdict
 from ascent.records.errors import BadInput, Corrupt
 from ascent.records.files import read_jsonl
@@ -74,13 +75,13 @@ def read_climb(run_folder: Path) -> ClimbRecord:
 
 
 def read_stage_report(run_folder: Path, stage: StageRecord) -> Report | None:
-    """Read the measurement of a stage; None when it was never measured."""
+    """Read the measurement of a stage; None when it was never measured. Raises `Corrupt` when it was tampered with."""
     if stage.report is None:
         return None
-    for file in (run_folder / stage.report, run_folder / "reports" / stage.report):
-        if file.is_file():
-            return Report.from_json(file.read_bytes())
-    raise Corrupt(f"{run_folder / stage.report} is named in {CLIMB} and missing; run the climb again with --resume")
+    file = run_folder / stage.report
+    if not file.is_file():
+        raise Corrupt(f"{file} is named in {CLIMB} and missing; run the climb again with --resume")
+    return read_report(file)
 
 
 def read_run_card(run_folder: Path, stage: StageRecord) -> RunCard | None:

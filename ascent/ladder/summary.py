@@ -33,6 +33,8 @@ def _stage(stage: Json) -> str:
     before, after, estimate = stage["before"], stage["after"], stage["estimate"]
     name = f"{stage['title']} ({stage['name']})"
     if estimate is None or after is None:
+        if after:
+            return f"{name} could not be measured, {after['decision']}: {_lower(after['reasons'][0])}"
         if before and before["decision"] != "GO":
             return f"{name} was not begun, {before['decision']}: {_lower(before['reasons'][0])}"
         return f"{name} has no measurement; its status is {stage['status']!r}."

@@ -315,7 +315,7 @@ class UseCase(Part):
             if self.generator is None and not self.path(file).is_file():
                 raise self._error(
                     f"no such file: {file}, looked for in {self._folder}; write it, or name a generator that "
-                    f"does: generator: {file: generate.py, seed: 7}",
+                    "does: generator: {file: generate.py, seed: 7}",
                     *loc,
                 )
 

@@ -7,6 +7,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -60,6 +61,7 @@ def folder_atomic(path: Path) -> Iterator[Path]:
                 _sync_file(file)
         old = _old_name(path)
         if path.exists():
+            shutil.rmtree(old, ignore_errors=True)  # what a crash left behind after an earlier replacement
             os.replace(path, old)
         os.replace(scratch, path)
         sync_folder(path.parent)
@@ -73,7 +75,14 @@ def folder_atomic(path: Path) -> Iterator[Path]:
 
 
 def recover_folder(path: Path) -> None:
-    """Finish or undo a `folder_atomic` that a crash cut off between its two renames."""
+    """Finish or undo a `folder_atomic` that a crash cut off: between its two renames, or before them.
+
+    No other process may be writing `path` at that time.
+    """
+    scratch = re.compile(rf"\.{re.escape(path.name)}\.[a-z0-9_]{{8}}\.tmp")
+    for left in path.parent.glob(".*.tmp"):
+        if scratch.fullmatch(left.name) and left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
     old = _old_name(path)
     if old.exists():
         if path.exists():

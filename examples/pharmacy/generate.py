@@ -15,13 +15,13 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from sigs.catalogue import Product, products  # noqa: E402
-from sigs.grounding import is_grounded  # noqa: E402
-from sigs.noise import add_noise  # noqa: E402
-from sigs.normalise import normalise  # noqa: E402
-from sigs.scenes import Scene, simple  # noqa: E402
-from sigs.scenes_rare import RARE  # noqa: E402
-from sigs.slots import write_slots  # noqa: E402
+from sigs.catalogue import Product, products
+from sigs.grounding import is_grounded
+from sigs.noise import add_noise
+from sigs.normalise import normalise
+from sigs.scenes import Scene, simple
+from sigs.scenes_rare import RARE
+from sigs.slots import write_slots
 
 SIZES = {"train": 2600, "validation": 200, "test": 400, "prompts": 400}
 _SHARES = {"train": 0.58, "validation": 0.10, "test": 0.20, "prompts": 0.12}
@@ -56,8 +56,14 @@ def generate(folder: Path, seed: int) -> None:
     made = make(seed)
     for name, rows in made.items():
         keep_target = name in {"train", "validation", "test"}
-        _write(folder / f"{name}.jsonl", [row.as_json(f"{name}-{number:04d}", target=keep_target) for number, row in enumerate(rows)])
-    examples = [json.loads(line) for line in (Path(__file__).resolve().parent / "examples.jsonl").read_text(encoding="utf-8").splitlines()]
+        _write(
+            folder / f"{name}.jsonl",
+            [row.as_json(f"{name}-{number:04d}", target=keep_target) for number, row in enumerate(rows)],
+        )
+    examples = [
+        json.loads(line)
+        for line in (Path(__file__).resolve().parent / "examples.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     _write(folder / "examples.jsonl", examples)
 
 
@@ -104,7 +110,9 @@ def split_drugs(seed: int) -> dict[str, list[Product]]:
 
 
 def _row(rng: Random, drugs: list[Product], *, held: bool) -> Row | None:
-    product = rng.choices(drugs, [_KIND_WEIGHT.get(item.form, 6.0 if item.form in {"cream", "inhaler"} else 3.5) for item in drugs])[0]
+    product = rng.choices(
+        drugs, [_KIND_WEIGHT.get(item.form, 6.0 if item.form in {"cream", "inhaler"} else 3.5) for item in drugs]
+    )[0]
     if rng.random() < _RARE_SHARE:
         scene = rng.choices([item[0] for item in RARE], [item[1] for item in RARE])[0](product, rng, held=held)
     else:
@@ -128,6 +136,8 @@ def _join(scene: Scene) -> str:
 def _as_row(sig: str, scene: Scene, product: Product) -> Row | None:
     """Return the row when every slot can be copied from the normalised text, else None."""
     text = normalise(sig)
+    if not text:
+        return None
     values: list[tuple[str, str]] = []
     for label, slot in scene.slots():
         value = slot if label == "route" or slot == "yes" else normalise(slot)

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from sigs.assemble import assemble  # noqa: E402
-from sigs.normalise import normalise  # noqa: E402
-from sigs.quantities import singular  # noqa: E402
-from sigs.safety import review  # noqa: E402
-from sigs.slots import parse_slots  # noqa: E402
-from sigs.wording import direction as in_plain_words  # noqa: E402
+from sigs.assemble import assemble
+from sigs.normalise import normalise
+from sigs.quantities import singular
+from sigs.safety import review
+from sigs.slots import parse_slots
+from sigs.wording import direction as in_plain_words
 
 if TYPE_CHECKING:
     from ascent.records import Episode, Task
@@ -166,7 +166,7 @@ def abstained(task: Task, episode: Episode) -> bool:
 
 
 def reward(task: Task, episode: Episode) -> float | None:
-    """Between 0 and 1: 1 for an exact answer; else 0.05 for a readable one and up to 0.35 for its share of right components.
+    """Between 0 and 1: 1 for an exact answer, else 0.05 for a readable one and up to 0.35 for right components.
 
     Slots that are not in the text cost the credit for being readable, so that inventing never pays.
     """

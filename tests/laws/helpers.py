@@ -15,7 +15,6 @@ from ascent.customize.objectives.credit import advantages
 from ascent.customize.objectives.rows import OnlineRow, PreferenceRow, Row, SupervisedRow, objective
 from ascent.customize.objectives.weights import WEIGHTS
 from ascent.customize.policy import Policy
-from ascent.inference.decoder import load_decoder
 from ascent.inference.lora import LoraConfig
 
 CHATML = (
@@ -69,9 +68,11 @@ def write_tiny_model(folder: Path, *, seed: int = 0, spread: float = 0.25, conte
     return folder
 
 
-def tiny_policy(folder: Path, *, full: bool = False, moved: float = 0.0, seed: int = 0, rank: int = 4) -> Policy:
-    """An fp32 policy; `moved` shifts every trainable number by that deviation, so that policy and reference differ."""
-    policy = Policy.load(folder, "fp32", None if full else LoraConfig(rank, 2.0 * rank), seed)
+def tiny_policy(
+    folder: Path, *, full: bool = False, moved: float = 0.0, seed: int = 0, precision: str = "fp32"
+) -> Policy:
+    """A policy; `moved` shifts every trainable number by that deviation, so that policy and reference differ."""
+    policy = Policy.load(folder, precision, None if full else LoraConfig(4, 8.0), seed)
     if moved:
         generator = torch.Generator().manual_seed(seed + 1)
         with torch.no_grad():
@@ -149,8 +150,3 @@ def loss_and_gradient(policy: Policy, row: Row, batches: Sequence[TokenBatch], t
         total += out.loss.item()
     found = [p.grad if p.grad is not None else torch.zeros_like(p) for p in policy.parameters]
     return Result(total, torch.cat([g.flatten() for g in found]).double())
-
-
-def bf16_decoder(folder: Path):
-    """The decoder of a folder in bfloat16."""
-    return load_decoder(folder, torch.bfloat16)

@@ -1,4 +1,4 @@
-"""Run folders for the tests of the ladder: answers are drawn at random, everything else is computed by the real parts."""
+"""Run folders for the tests of the ladder: answers are drawn at random, the real parts compute everything else."""
 
 from __future__ import annotations
 
@@ -134,7 +134,13 @@ def measure(
     data = DataSource(name="test", path="test.jsonl", rows=len(items), sha256=sha256_file(path))
     metrics = {name: estimate(name, items) for name in ("exact_match", "near_miss", *PARTS)}
     return Report(
-        id=stage, model=f"smollm2-135m-{stage}", stage=stage, data=data, metrics=metrics, items=tuple(items), seconds=31.0
+        id=stage,
+        model=f"smollm2-135m-{stage}",
+        stage=stage,
+        data=data,
+        metrics=metrics,
+        items=tuple(items),
+        seconds=31.0,
     )
 
 
@@ -195,7 +201,9 @@ def write_run(
         before = before_stage(evidence)
         record = StageRecord(name=name, row=stage.row, verdict_before=before, status="stopped")
         if before.decision is Decision.GO:
-            report = measure(folder, name, skill, champion if number > 1 else None, number, stick=stick, hostile=hostile)
+            report = measure(
+                folder, name, skill, champion if number > 1 else None, number, stick=stick, hostile=hostile
+            )
             after = after_stage(champion, report, usecase)
             path = write_report(report, where / "reports")
             seconds = forecast.seconds * (0.9 + 0.2 * rng.random())

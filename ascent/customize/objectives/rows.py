@@ -96,17 +96,16 @@ ROWS: dict[str, Row] = {
 }
 
 
+AMBIGUOUS = {
+    "rpo": ". 'rpo' is ambiguous: relative preference optimization, DPO with an NLL term (dpo with nll: 1), and "
+    "reward-aware preference optimization all carry that name"
+}
+
+
 def row_named(name: str) -> Row:
     """Return the row. Raises `UnknownName`; a bare `rpo` is refused because three methods carry that name."""
-    if name == "rpo":
-        raise UnknownName(
-            "algorithm: 'rpo' is ambiguous (relative preference optimization, DPO with an NLL term, reward-aware "
-            "preference optimization)",
-            name,
-            ROWS,
-        )
     if name not in ROWS:
-        raise UnknownName("algorithm", name, ROWS)
+        raise UnknownName("algorithm", name, ROWS, hint=AMBIGUOUS.get(name, ""))
     return ROWS[name]
 
 

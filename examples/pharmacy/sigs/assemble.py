@@ -22,7 +22,9 @@ _UNMISTAKABLE = {
     "sublingual": ROUTE_PATTERNS["sublingual"],
     "inhalation": re.compile(r"\binhale (?!.*\bdo not inhale)|\binhal(?:er|ed|ation|ations)\b|\bpuffs?\b|\bnebuli\w*"),
     "buccal": re.compile(r"\bbuccal(?:ly)?\b"),
-    "transdermal": re.compile(r"\b(?:apply|place|use|change|wear|\d) (?:\d |a |the |new )*(?:patch|patches)\b|\btransdermal(?:ly)?\b"),
+    "transdermal": re.compile(
+        r"\b(?:apply|place|use|change|wear|\d) (?:\d |a |the |new )*(?:patch|patches)\b|\btransdermal(?:ly)?\b"
+    ),
 }
 
 
@@ -105,7 +107,12 @@ def _dose_and_frequency(slots: Slots, result: Assembly) -> None:
     if doses:
         facts.dose_min, facts.dose_max, facts.dose_unit = doses[0].low, doses[0].high, doses[0].unit
     others = [dose for dose in doses[1:] if dose != doses[0]]
-    if others and all(part.events for part in parts) and len(parts) > 1 and all(dose.unit in {doses[0].unit, None} for dose in others):
+    if (
+        others
+        and all(part.events for part in parts)
+        and len(parts) > 1
+        and all(dose.unit in {doses[0].unit, None} for dose in others)
+    ):
         facts.dose_min = min(dose.low for dose in doses)
         facts.dose_max = max(dose.high for dose in doses)
         result.split_dose = True

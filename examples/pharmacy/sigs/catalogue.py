@@ -1,3 +1,4 @@
+# ruff: noqa: E501
 """The drug catalogue: which forms, routes and daily maxima are usual for a drug. Facts in `drugs.csv`."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# ruff: noqa: E501
 """How amounts and routes are said for each form of a drug."""
 
 from __future__ import annotations
@@ -67,7 +68,14 @@ def say_dose(product: Product, unit: str, rng: Random, *, held: bool, manner: st
         if made and (not manner or drawn.surface == manner):
             surface, slot, low, high, said = made
             return Dose(surface, slot, low, high, said, drawn.family)
-    return Dose(f"{amount} {plural(unit, amount)}", f"{amount} {plural(unit, amount)}", number(amount), number(amount), unit, "dose.held.joined" if held else "dose.digit")
+    return Dose(
+        f"{amount} {plural(unit, amount)}",
+        f"{amount} {plural(unit, amount)}",
+        number(amount),
+        number(amount),
+        unit,
+        "dose.held.joined" if held else "dose.digit",
+    )
 
 
 _Made = tuple[str, str, float, float, str | None]
@@ -104,7 +112,9 @@ def _say(manner: str, amount: str, unit: str, product: Product, rng: Random, sol
 def _say_range(manner: str, unit: str, shorts: str, rng: Random, solid: bool) -> _Made | None:
     if not (solid or unit in {"puff", "drop", "spray", "ml", "g"}):
         return None
-    low, high = rng.choice([("1", "2"), ("1", "2"), ("2", "3"), ("1", "3")] if unit != "ml" else [("5", "10"), ("2.5", "5"), ("10", "15")])
+    low, high = rng.choice(
+        [("1", "2"), ("1", "2"), ("2", "3"), ("1", "3")] if unit != "ml" else [("5", "10"), ("2.5", "5"), ("10", "15")]
+    )
     if manner == "half_to_one":
         if unit != "tablet":
             return None
@@ -112,7 +122,12 @@ def _say_range(manner: str, unit: str, shorts: str, rng: Random, solid: bool) ->
         return surface, "1/2 to 1 tablet", 0.5, 1.0, unit
     units, slot = plural(unit, high), f"{low} to {high} {plural(unit, high)}"
     words = f"{_WORDS.get(low, low)} to {_WORDS.get(high, high)} {units}"
-    surface = {"range_to": f"{low} to {high} {units}", "range_hyphen": f"{low}-{high} {shorts}", "range_or": f"{low} or {high} {units}", "range_words": words}[manner]
+    surface = {
+        "range_to": f"{low} to {high} {units}",
+        "range_hyphen": f"{low}-{high} {shorts}",
+        "range_or": f"{low} or {high} {units}",
+        "range_words": words,
+    }[manner]
     return surface, slot, number(low), number(high), unit
 
 
@@ -125,7 +140,9 @@ def _say_half(manner: str, unit: str, rng: Random) -> _Made:
     return surface.format(u=unit), f"{amount} {unit}{'s' if value > 1 else ''}", value, value, unit
 
 
-def _say_strength(manner: str, amount: str, units: str, unit: str, product: Product, rng: Random, solid: bool) -> _Made | None:
+def _say_strength(
+    manner: str, amount: str, units: str, unit: str, product: Product, rng: Random, solid: bool
+) -> _Made | None:
     value = number(amount)
     strength = rng.choice(product.strengths) if product.strengths else rng.choice([100, 125, 160, 200, 250])
     total = f"{strength * value:g}" if solid else f"{strength:g}"
@@ -141,7 +158,13 @@ def _say_strength(manner: str, amount: str, units: str, unit: str, product: Prod
         if manner in table:
             return table[manner], slot, value, value, unit
         if manner == "strength_first" and solid and product.strengths:
-            return f"{_WORDS.get(amount, amount)} {strength:g} mg {_ABBREVIATED.get(unit, (unit,))[0]}", f"{amount} {unit}", value, value, unit
+            return (
+                f"{_WORDS.get(amount, amount)} {strength:g} mg {_ABBREVIATED.get(unit, (unit,))[0]}",
+                f"{amount} {unit}",
+                value,
+                value,
+                unit,
+            )
     return None
 
 

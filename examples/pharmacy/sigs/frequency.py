@@ -1,3 +1,4 @@
+# ruff: noqa: E501
 """Frequency phrases: words of time become times per day, counted at the most frequent end."""
 
 from __future__ import annotations
@@ -6,24 +7,52 @@ import re
 from dataclasses import dataclass, field
 
 _NUM = r"\d+(?:\.\d+)?"
-_PERIOD_DAYS = {"hour": 1 / 24, "minute": 1 / 1440, "day": 1.0, "night": 1.0, "evening": 1.0, "morning": 1.0, "week": 7.0, "month": 30.0, "year": 365.0}
-_ADVERB_DAYS = {"daily": 1.0, "weekly": 7.0, "monthly": 30.0, "nightly": 1.0, "yearly": 365.0, "hourly": 1 / 24, "annually": 365.0}
+_PERIOD_DAYS = {
+    "hour": 1 / 24,
+    "minute": 1 / 1440,
+    "day": 1.0,
+    "night": 1.0,
+    "evening": 1.0,
+    "morning": 1.0,
+    "week": 7.0,
+    "month": 30.0,
+    "year": 365.0,
+}
+_ADVERB_DAYS = {
+    "daily": 1.0,
+    "weekly": 7.0,
+    "monthly": 30.0,
+    "nightly": 1.0,
+    "yearly": 365.0,
+    "hourly": 1 / 24,
+    "annually": 365.0,
+}
 _COUNT_WORD = {"once": 1.0, "twice": 2.0, "thrice": 3.0}
 _ORDINAL = {"other": 2.0, "second": 2.0, "2nd": 2.0, "third": 3.0, "3rd": 3.0, "fourth": 4.0, "4th": 4.0}
 _DAYS_OF_WEEK = r"(?:mon|tues?|wed(?:nes)?|thu(?:rs?)?|fri|sat(?:ur)?|sun)(?:days?)?"
 
-_EVERY_N = re.compile(rf"\b(?:every|each|q) ({_NUM})(?: (?:to|or|-) ({_NUM}))? ?(minute|hour|day|week|month|year|night)s?\b")
-_EVERY_NTH = re.compile(r"\b(?:every|each|on) (other|second|2nd|third|3rd|fourth|4th) (day|night|morning|evening|week|month)s?\b|\balternat(?:e|ing) (day|night)s?\b")
+_EVERY_N = re.compile(
+    rf"\b(?:every|each|q) ({_NUM})(?: (?:to|or|-) ({_NUM}))? ?(minute|hour|day|week|month|year|night)s?\b"
+)
+_EVERY_NTH = re.compile(
+    r"\b(?:every|each|on) (other|second|2nd|third|3rd|fourth|4th) (day|night|morning|evening|week|month)s?\b|\balternat(?:e|ing) (day|night)s?\b"
+)
 _COUNT = re.compile(
     rf"\b(once|twice|thrice|{_NUM}(?: (?:to|or|-) {_NUM})? ?(?:times?|x|doses?))\s+"
-    rf"(?:(?:a|an|per|each|every|in a|in|in the|during the|within) )?(?:({_NUM}) )?(hour|day|week|month|year|night|daily|weekly|monthly|nightly|yearly)s?\b"
+    rf"(?:(?:a|an|per|each|every|in a|in|in the|during the|within) (?:({_NUM}) )?(hour|day|week|month|year|night)s?|(daily|weekly|monthly|nightly|yearly))\b"
 )
-_DAYS_PER = re.compile(rf"\b({_NUM})(?: (?:to|-) ({_NUM}))? days? (?:a|per|each|every|out of the|of the) week\b|\b({_NUM}) (?:per|a) (day|week|month)\b")
-_PLAIN = re.compile(r"\b(daily|weekly|monthly|yearly|hourly|annually)\b|\b(?:every|each|per|once a|a|any given) (day|hour|week|month|year)\b")
+_DAYS_PER = re.compile(
+    rf"\b({_NUM})(?: (?:to|-) ({_NUM}))? days? (?:a|per|each|every|out of the|of the) week\b|\b({_NUM}) (?:per|a) (day|week|month)\b"
+)
+_PLAIN = re.compile(
+    r"\b(daily|weekly|monthly|yearly|hourly|annually)\b|\b(?:every|each|per|once a|a|any given) (day|hour|week|month|year)\b"
+)
 _WEEKDAY = re.compile(rf"\b{_DAYS_OF_WEEK}\b")
 _CLOCK = re.compile(r"\b(\d{1,2})(?::\d\d)? ?(?:am|pm|o'clock)\b|\b\d{1,2}:\d\d\b|\bat (\d{4})\b|\b(\d{4}) hours\b")
 _CAP = re.compile(r"\b(?:up to|max|no more than|not more than|at most|not to exceed|maximum)\b[^.]{0,12}$")
-_MEAL = re.compile(r"\b(?:each|every|all|3|three) (?:main )?meals?\b|\b(?:with|before|after|at|between|during|prior to|following) (?:the |your |each |every |3 |all |daily )*(?:meals|mealtimes?)\b|\bmeals\b")
+_MEAL = re.compile(
+    r"\b(?:each|every|all|3|three) (?:main )?meals?\b|\b(?:with|before|after|at|between|during|prior to|following) (?:the |your |each |every |3 |all |daily )*(?:meals|mealtimes?)\b|(?<!morning )(?<!evening )(?<!noon )(?<!evening and )\bmeals\b"
+)
 _EACH_MEAL = re.compile(r"\b(?:each|every|all|3) (?:main )?meals?\b")
 _ONCE_ONLY = re.compile(
     r"\b(?:single|1 time|one time|one-time)(?: only)?(?: dose)?\b|\b1 dose(?: only)?\b|\bonce only\b|\bonly once\b|\bonce\b|\bas a single dose\b|\bone dose\b|\bjust once\b"
@@ -97,8 +126,7 @@ def _strong(text: str) -> tuple[list[float], list[float], str]:
     def count(hit: re.Match[str]) -> str:
         word = hit[1].split()[0]
         high = max([_COUNT_WORD[word]] if word in _COUNT_WORD else [float(n) for n in re.findall(_NUM, hit[1])])
-        unit = hit[3]
-        days = _ADVERB_DAYS.get(unit) or _PERIOD_DAYS[unit]
+        days = _ADVERB_DAYS[hit[4]] if hit[4] else _PERIOD_DAYS[hit[3]]
         return note(hit, high / (days * float(hit[2] or 1)))
 
     def per_week(hit: re.Match[str]) -> str:
@@ -107,8 +135,15 @@ def _strong(text: str) -> tuple[list[float], list[float], str]:
         return note(hit, float(hit[2] or hit[1]) / 7)
 
     text = re.sub(r"\b(?:once|1 time) (?=every (?:\d|other|second|third))", "", text)
+    text = re.sub(
+        r"\brepeat(?:ed)? (?:the )?(?:dose )?(?:once |1 time )?(?:in |after |within )?\d+ (?:to \d+ )?(?:minute|hour)s?\b",
+        "repeat",
+        text,
+    )
     text = re.sub(r"\bevery 24 hours\b", "once daily", text)
-    text = _EVERY_NTH.sub(lambda hit: note(hit, 1 / (_ORDINAL.get(hit[1] or "other", 2.0) * _PERIOD_DAYS[hit[2] or "day"])), text)
+    text = _EVERY_NTH.sub(
+        lambda hit: note(hit, 1 / (_ORDINAL.get(hit[1] or "other", 2.0) * _PERIOD_DAYS[hit[2] or "day"])), text
+    )
     text = _DAYS_PER.sub(per_week, text)
     text = _COUNT.sub(count, text)
     text = _EVERY_N.sub(every, text)
@@ -152,8 +187,17 @@ def _events(text: str) -> set[str]:
     last_end = -99
     for start, end, name in sorted(marks):
         between = text[last_end:start] if events else "and"
-        listed = not re.fullmatch(r" (?:at |with |before |after |around |by )?(?:the |going to |about |bed )?", between) or between == " "
-        one_moment = events and not listed and (name.startswith("clock") or events[-1].startswith("clock") or {events[-1], name} == {"evening", "night"})
+        listed = (
+            not re.fullmatch(r" (?:at |with |before |after |around |by )?(?:the |going to |about |bed )?", between)
+            or between == " "
+        )
+        one_moment = (
+            events
+            and not listed
+            and (
+                name.startswith("clock") or events[-1].startswith("clock") or {events[-1], name} == {"evening", "night"}
+            )
+        )
         if not one_moment:
             events.append(name)
         last_end = end
@@ -169,7 +213,9 @@ def _on_weekdays(weekdays: int, strong: list[float], named: int, seen: frozenset
     return Frequency(per_day * weekdays / 7, events=seen)
 
 
-def _from_counts(strong: list[float], caps: list[float], named: int, moments: int, meals: bool, seen: frozenset[str]) -> Frequency:
+def _from_counts(
+    strong: list[float], caps: list[float], named: int, moments: int, meals: bool, seen: frozenset[str]
+) -> Frequency:
     if not strong:
         strong, caps = caps, []
     rate = strong[0]
@@ -177,7 +223,7 @@ def _from_counts(strong: list[float], caps: list[float], named: int, moments: in
     daily_caps = [cap for cap in caps if cap >= 0.99]
     if daily_caps and min(daily_caps) < rate:
         rate = min(daily_caps)
-    if rate >= 0.99 and moments and not meals and moments != round(rate) and not (moments > rate and False):
+    if rate >= 0.99 and moments and not meals and moments != round(rate):
         conflict = conflict or moments > rate or (moments == 1 and rate > 1.01 and rate < 4.5 and "night" not in seen)
     if rate >= 0.99 and meals and named > rate and moments:
         conflict = True

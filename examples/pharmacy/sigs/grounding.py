@@ -1,3 +1,4 @@
+# ruff: noqa: E501, SIM905
 """The guard against invention: a slot counts only if its numbers and words occur in the normalised text."""
 
 from __future__ import annotations
@@ -8,13 +9,17 @@ import re
 from .lexicon import ROUTE_PATTERNS
 
 _TOKEN = re.compile(r"\d+(?:\.\d+)?(?:/\d+)?|[a-z][a-z'-]*")
-_FREE = frozenset("a an and to the of or in at per each every day daily yes times time for with on needed as up".split())
+_FREE = frozenset(
+    "a an and to the of or in at per each every day daily yes times time for with on needed as up".split()
+)
 # Words that say the same about time; a model that writes one for another has not invented anything.
 _SAME = [
     {"once", "1", "daily", "single"}, {"twice", "2"}, {"thrice", "3"}, {"weekly", "week"}, {"monthly", "month"}, {"nightly", "night", "bedtime", "bed"},
     {"max", "exceed", "more", "limit", "most"}, {"tablet", "tab"}, {"hourly", "hour"}, {"morning", "am"}, {"evening", "pm"},
 ]  # fmt: skip
-PRN_EVIDENCE = re.compile(r"\bas needed\b|\bneeded\b|\bif\b|\bwhen\b|\bwhenever\b|\bonset\b|\bfirst sign\b|\bneed\b|\bbreakthrough\b")
+PRN_EVIDENCE = re.compile(
+    r"\bas needed\b|\bneeded\b|\bif\b|\bwhen\b|\bwhenever\b|\bonset\b|\bfirst sign\b|\bneed\b|\bbreakthrough\b"
+)
 
 
 def tokens(text: str) -> set[str]:

@@ -1,3 +1,4 @@
+# ruff: noqa: E501, SIM905
 """Words of prescriptions: abbreviations, units, routes and the vocabulary that guards typo repair."""
 
 from __future__ import annotations
@@ -69,7 +70,9 @@ CODES = frozenset(
     "prn po bid tid qid qd qhs qam qpm qod daily instr wm ac pc hs int x tabs tab caps cap needed bedtime weekly "
     "nightly mdd dx stat with for as".split()
 )
-STRONG_CODES = frozenset("prn po bid tid qid qd qhs qam qpm qod daily instr wm needed bedtime weekly nightly mdd".split())
+STRONG_CODES = frozenset(
+    "prn po bid tid qid qd qhs qam qpm qod daily instr wm needed bedtime weekly nightly mdd".split()
+)
 
 # Targets of typo repair: only words that decide a component, and long enough to be recognisable.
 REPAIRABLE = frozenset(
@@ -79,7 +82,7 @@ REPAIRABLE = frozenset(
     "subcutaneously intramuscularly rectally vaginally teaspoon teaspoons teaspoonful milliliters patch patches other "
     "both inject insert place dissolve tongue under minutes nebulizer inhaler units wednesday thursday saturday "
     "tuesday monday friday sunday weekdays exceed nausea anxiety headache swelling inhalation inhalations pain area "
-    "instill spasms wheezing itching sleep take thing".split()
+    "instill repeat package attached directions instructions instructed prescribed according spasms wheezing itching sleep take thing".split()
 )
 
 _WORDS = """
@@ -149,9 +152,13 @@ i'm it's can't won't i me my us they bid tid qid po prn qd hs ac pc mdd wm gtt t
 afternoons caplet caplets softgel softgels gummy gummies troche troches wafer sachet sachets film films ampoule enema rinse paste foam mousse swab swabs pads inserts beads sticks pen pens vial wearing applying applied placed
 clinical covid influenza rsv h1n1 vaccine vaccination immunization booster titers titer quantiferon lancets lancet meter strip strips monitor cgm sensor sensors
 first second third fourth fifth sixth seventh initial initially loading subsequent subsequently afterwards afterward thereafter finally ensuing
-anything everything something nothing anyone someone everyone nobody somebody anybody anymore anyway sometime somewhere however moreover instead into onto rarely often sometimes constantly frequently intermittently continuously consistently
+refer refers referred qdaily anything everything something nothing anyone someone everyone nobody somebody anybody anymore anyway sometime somewhere however moreover instead into onto rarely often sometimes constantly frequently intermittently continuously consistently
 dosis tome una tableta
 """  # fmt: skip
 VOCABULARY: frozenset[str] = (
-    frozenset(_WORDS.split()) - frozenset("dosis tome una tableta".split())
-) | frozenset(NUMBER_WORDS) | frozenset(UNITS) | REPAIRABLE | CODES
+    (frozenset(_WORDS.split()) - frozenset("dosis tome una tableta".split()))
+    | frozenset(NUMBER_WORDS)
+    | frozenset(UNITS)
+    | REPAIRABLE
+    | CODES
+)

@@ -1,3 +1,4 @@
+# ruff: noqa: E501, RUF001
 """Pharmalexical normalisation: a prescriber's shorthand becomes readable lower-case English, numbers untouched.
 
 Deterministic and safe by construction: no rule computes with a number. A number word becomes its digits, a Latin code
@@ -43,10 +44,10 @@ _CHARACTERS = _rules(
 _PUNCTUATION = _rules(
     [
         (r"\b((?:[a-z]\.){2,})", "\0"),  # replaced by `_undot`; keeps its place in the order of rules
-        (r"(?<=\d),(?=\d{3}\b)", ""), (r"\bw/o\b", "without "), (r"\bw/(?=\s?[a-z])", "with "), (r"\bd/t\b", "due to"), (r"\ba/d\b", "as directed"),
+        (r"(?<=\d),(?=\d{3}\b)", ""), (r"(?<=[a-z])\(s\)", ""), (r"\bbid ?(?:-|to|or) ?tid\b", "2 to 3 times daily"), (r"\btid ?(?:-|to|or) ?qid\b", "3 to 4 times daily"), (r"\bqd ?(?:-|to|or) ?bid\b", "1 to 2 times daily"), (r"(?<=\d)(h|hrs?|d)(?=(?:prn|as|for|instr|while|with|x\d))", r"\1 "), (r"\bea\b", "each"), (r"\b(prn|bid|tid|qid|qhs|qd)/(?=[a-z])", r"\1 "), (r"(?<=[a-z])/(?=(?:prn|bid|tid|qid|qhs|qd)\b)", " "), (r"\bw/o\b", "without "), (r"\bw/(?=\s?[a-z])", "with "), (r"\bd/t\b", "due to"), (r"\ba/d\b", "as directed"),
         (r"\bn/v\b", "nausea/vomiting"),
         (r"\ba\.\s?m\.?(?![a-z])", "am"), (r"\bp\.\s?m\.?(?![a-z])", "pm"),
-        (r"(?<![\d.])\.(?=\d)", "0."), (r"[()\[\]{}<>*_|\\~^]+", " "), (r"[,]+(?!\d)|(?<!\d),", " "), (r"[;!?]+", " . "),
+        (r"\bq\.\s?(?=\d)", "q "), (r"(?<![\w.])\.(?=\d)", "0."), (r"[()\[\]{}<>*_|\\~^]+", " "), (r"[,]+(?!\d)|(?<!\d),", " "), (r"[;!?]+", " . "),
         (r"(?<!\d):(?=.)|:(?!\d)", " "), (r"(?<=[a-z]{2})\.(?=[a-z])", " . "), (r"(?<!\d)\.+(?=\s|$)|\.+(?=\s|$)", " . "), (r"\.(?=[a-z])", " "),
         (r"\s@\s?|^@\s?", " at "), (r"\s?&\s?", " and "), (r"(?<=\s)\+(?=\s)", "and"), (r"--+", " . "), (r"=", " = "),
         (r"/(?:24\s?h(?:ou)?rs?)\b", " per 24 hours"), (r"(?<=[\da-z])\s?/\s?(day|d|week|wk|month|night|dose)\b", r" per \1"),
@@ -75,7 +76,9 @@ _UNIT_OF_TIME = rf"(?P<u>{_HOURS}|days?|d|weeks?|wks?|wk|w|min(?:ute)?s?|months?
 _INTERVAL = re.compile(
     rf"\b(?:q|every)\s*\.?\s*(?P<a>\d+(?:\.\d+)?)(?:\s*(?:-|to|or)\s*(?P<b>\d+(?:\.\d+)?))?\s*\.?\s*{_UNIT_OF_TIME}\b(?:\s*int(?:ervals?)?\b)?"
 )
-_BARE_INTERVAL = re.compile(r"\bq\s*(?P<a>[346812]|12|24)(?:\s*(?:-|to|or)\s*(?P<b>[46812]|12))?(?= (?:as|prn|for|x|while|\.)|\s*$)")
+_BARE_INTERVAL = re.compile(
+    r"\bq\s*(?P<a>[346812]|12|24)(?:\s*(?:-|to|or)\s*(?P<b>[46812]|12))?(?= (?:as|prn|for|x|while|\.)|\s*$)"
+)
 _FULL_UNIT = {"h": "hours", "d": "days", "w": "weeks", "mi": "minutes", "mo": "months"}
 
 _TIMES = _rules(
@@ -93,16 +96,16 @@ _TIMES = _rules(
         (r"(?<![\d:i]) am and pm\b", " morning and evening"), (r"(?<!\d)(?<!\bi) (?:am)\b(?! \d)", " in the morning"), (r"(?<!\d) pm\b", " in the evening"), (r"\b(?:in the|every) in the\b", "in the"),
         (r"\bbed time\b", "bedtime"), (r"\bat hour of sleep\b|\bat hours of sleep\b", "at bedtime"), (r"\b(?:at|before|every) at bedtime\b", "at bedtime"),
         (r"\bhrs?\b", "hours"), (r"(?<=\d )h\b", "hours"), (r"\bwks?\b", "weeks"), (r"(?<=\d )mos?\b", "months"), (r"\bmins?\b", "minutes"), (r"(?<=\d )d(?:ys?)?\b(?! ?/)", "days"), (r"\byrs?\b", "years"),
-        (r"\btimes? per\b", "times per"), (r"\bper d\b", "per day"),
+        (r"\btimes? per\b", "times per"), (r"\bevery (\d+) hours (?:to|or) (?:every )?(\d+) hours\b", r"every \1 to \2 hours"), (r"\bper d\b", "per day"),
         (r"\b(\d+(?: to \d+)?)\s?x (?=daily|a day|per|day|weekly|a week|each|every|in )", r"\1 times "), (r"\b(\d+(?: to \d+)?) times (day|week|month)\b", r"\1 times a \2"),
-        (rf"(?<!\d )\b(?:x|times|for x|for)\s?({_N})(?:\s?(?:-|to)\s?(\d+))? ?(days?|weeks?|months?|nights?|hours?|years?|doses?)\b", "\0"),
+        (rf"(?:(?<!\d )\btimes|\bfor x|\bx|(?<!\d )\bfor)\s?({_N})(?:\s?(?:-|to)\s?(\d+))? ?(days?|weeks?|months?|nights?|hours?|years?|doses?)\b", "\0"),
     ]
 )  # fmt: skip
 _SPAN = _TIMES.pop()[0]
 
 _WORDS = _rules(
     [
-        (r"\bper os\b|\bp\.? ?o\b(?! box)|\bpo\b", "by mouth"), (r"\bby by mouth\b", "by mouth"), (r"\bmilligrams?\b|\bmgs\b|\bmgm\b", "mg"), (r"\bmillilit(?:er|re)s?\b|\bmls\b|\bcc\b", "ml"),
+        (r"\btk\b|\btke\b", "take"), (r"\bper os\b|\bp\.? ?o\b(?! box)|\bpo\b", "by mouth"), (r"\bby by mouth\b", "by mouth"), (r"\bmilligrams?\b|\bmgs\b|\bmgm\b", "mg"), (r"\bmillilit(?:er|re)s?\b|\bmls\b|\bcc\b", "ml"),
         (r"\bmicrograms?\b|\bmcgs\b|(?<=\d )ug\b", "mcg"), (r"\bgrams?\b|\bgms?\b|\bgrms?\b", "g"), (r"(?<=\d )(?:iu|u)\b", "units"), (r"(?<=\d )ounces?\b", "oz"),
         (r"\btabs\b", "tablets"), (r"\btab\b|\btabl\b", "tablet"), (r"\bcaps\b", "capsules"), (r"\bcap\b", "capsule"), (r"\bgtts\b", "drops"), (r"\bgtt\b", "drop"), (r"\bsupps\b", "suppositories"), (r"\bsupp\b", "suppository"),
         (r"\btsps?\b|\bteaspoon(?:s?ful|fuls|s)\b", "teaspoons"), (r"\btbsps?\b|\btablespoon(?:s?ful|fuls|s)\b", "tablespoons"), (r"(?<=\d )teaspoons\b", "teaspoons"),
@@ -142,6 +145,7 @@ def _once(text: str) -> str:
     text = _BARE_INTERVAL.sub(_full_interval, text)
     text = _squeeze(_apply(text, _TIMES))
     text = _SPAN.sub(_full_span, text)
+    text = re.sub(r"\bx 1(?= (?:now|only|\.)|$)", "for 1 dose", text)
     text = _apply(text, _WORDS)
     text = _apply(text, _EYE_WORDS if _EYES.search(text) else _NO_EYE_WORDS)
     if re.search(r"\bears?\b|\botic", text):
@@ -171,7 +175,11 @@ def _full_span(hit: re.Match[str]) -> str:
 def _numbers(text: str) -> str:
     for word, digits in NUMBER_WORDS.items():
         if word in text:
-            text = re.sub(rf"\b{word} ?{digits}\b(?![./\d])|(?<![\d./] )(?<![\d./])\b{digits} ?{word}\b(?![ -](?:half|third|quarter))", f" {digits} ", text)
+            text = re.sub(
+                rf"\b{word} ?{digits}\b(?![./\d])|(?<![\d./] )(?<![\d./])\b{digits} ?{word}\b(?![ -](?:half|third|quarter))",
+                f" {digits} ",
+                text,
+            )
     text = _squeeze(text)
     text = re.sub(r"\b1/2 (?:one|a|1)[- ]half\b", "1/2", text)
     text = _apply(text, _NUMBERS)
@@ -187,6 +195,8 @@ def _separate(token: str) -> str:
     if "/" in token and re.fullmatch(r"(?:(?:mon|tues?|wed|thu(?:rs?)?|fri|sat|sun|am|pm|ac|hs|pc)/)+[a-z]+", token):
         return token.replace("/", " ")
     token = re.sub(r"(?<=\d)(?!(?:st|nd|rd|th)\b)(?=[a-z])", " ", token)
+    token = re.sub(r"^instr(?=[a-z])(?!uct|ument)", "instr ", token)
+    token = re.sub(r"^([a-z]{2,})x(?=\d)", lambda hit: f"{hit[1]} x " if hit[1] in VOCABULARY else hit[0], token)
     token = re.sub(r"\b(x|mdd|max|qty|take|q|for|instr)(?=\d)", r"\1 ", token)
     parts = []
     for part in token.split():
@@ -224,7 +234,9 @@ def _cut(word: str) -> tuple[str, ...]:
     strong = any(piece in STRONG_CODES for piece in pieces)
     if len(unknown) > 1 or (unknown and not strong):
         return ()
-    if not strong and (any(len(piece) < 4 and piece not in {"for", "and"} for piece in pieces) or len(pieces) > 3):
+    if not strong and (
+        any(len(piece) < 4 and piece not in {"for", "and", "by"} for piece in pieces) or len(pieces) > 3
+    ):
         return ()
     return pieces
 

@@ -1,3 +1,4 @@
+# ruff: noqa: E501, RUF005
 """Phrase families: how the parts of a direction are said. About a quarter of the families are kept for the test set.
 
 A family is one manner of speaking with its variants. `held` families appear in test rows only, all others never do, so
@@ -124,9 +125,7 @@ PRN: list[Family] = [
 ]  # fmt: skip
 
 REASONS = tuple(
-    "pain|nausea|anxiety|muscle spasms|cough|itching|headache|sleep|wheezing|swelling|heartburn|dizziness|constipation|diarrhea|allergies|back pain|severe pain|"
-    "shortness of breath|insomnia|fever|nausea/vomiting|panic attacks|migraine|knee pain|neck pain|pain or fever|moderate pain|congestion|rash|muscle pain|cramps|"
-    "breakthrough pain|agitation|chest pain|sore throat|left shoulder pain|vertigo|stomach upset|ear itch|dry eyes|neuropathy|joint pain|tremor|hot flashes|low back pain|spasticity|restless legs".split("|")
+    ["pain", "nausea", "anxiety", "muscle spasms", "cough", "itching", "headache", "sleep", "wheezing", "swelling", "heartburn", "dizziness", "constipation", "diarrhea", "allergies", "back pain", "severe pain", "shortness of breath", "insomnia", "fever", "nausea/vomiting", "panic attacks", "migraine", "knee pain", "neck pain", "pain or fever", "moderate pain", "congestion", "rash", "muscle pain", "cramps", "breakthrough pain", "agitation", "chest pain", "sore throat", "left shoulder pain", "vertigo", "stomach upset", "ear itch", "dry eyes", "neuropathy", "joint pain", "tremor", "hot flashes", "low back pain", "spasticity", "restless legs"]
 )  # fmt: skip
 
 # `{n}` the number, `{u}` the unit (plural when needed), filled by the frame.
@@ -147,6 +146,7 @@ EXTRAS: list[Family] = [
     _family("extra.admin", 5, None, "patient will pay cash|generic ok|needs appointment for further refills|please fill today|brand only|patient has appointment next week|ok to fill early|call if not covered|inform patient when ready|last refill until seen|dose change|replaces old prescription|please complete lab work|keep on file|may substitute|insurance prefers generic|replaces 20mg dose|fill date january 4 2023|ok to fill march 3 2024|mail order"),
     _family("extra.quantity", 5, None, "#30|30 rf 0|dispense 90|qty 60|90 rf 3|disp 30|quantity 30 refills 2|#60 3 refills|30 day supply|90 day supply|disp #20|must last 30 days|dispense quantity sufficient"),
     _family("extra.diagnosis", 2, None, "dx: hypertension|dx code i10|copd|hypothyroidism|add/adhd|hyperlipidemia|chronic pain|type 2 diabetes|dx migraine|muscle relaxer|antibiotic|steroid|high blood pressure|replaces metoprolol"),
+    _family("extra.timed", 3, None, "15 minutes before exercise|30-60 minutes before eating|at least 30 minutes before other medications|remove after 12 hours|for no more than two weeks at a time|wait 5 minutes between drops|hold in mouth for 30 seconds|2 hours apart from antacids|in shower|starting 3 days before surgery|add distilled water and shake well|sit upright for 30 minutes after|not within 4 hours of calcium|last dose 6 hours before bed"),
     _family("extra.until", 1.5, None, "until gone|until finished|until symptoms improve|until all taken|until cough is gone|long term|ongoing|until clear|start tomorrow|starting 3 days before surgery"),
     _family("extra.held.counsel", 5, None, "drink lots of fluids|do not take with dairy|take while sitting upright|may stain teeth|keep refrigerated|do not lie down after taking|wait 30 seconds between doses|discard after 28 days|avoid grapefruit juice|caution sedation", held=True),
     _family("extra.held.indication", 6, None, "indication: hypertension|to prevent stroke|to lower cholesterol|for the heart|to control blood sugar|for urinary tract infection|for gout prevention|to help with mood|for high triglycerides|for bladder", held=True),

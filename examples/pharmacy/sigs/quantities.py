@@ -1,3 +1,4 @@
+# ruff: noqa: E501, SIM905
 """Numbers with units: doses, durations and stated maxima."""
 
 from __future__ import annotations
@@ -9,7 +10,9 @@ from .lexicon import MASS_UNITS, UNITS
 
 _ONE = r"(?:\d+ \d/\d|\d/\d|\d+(?:\.\d+)?)"
 _AMOUNT = re.compile(rf"(?<![\d.%/])({_ONE})(?: ?(?:to|or|-) ?({_ONE}))?(?![\d./])")
-_STRENGTH = re.compile(r"^ ?(?:\d+(?:\.\d+)? ?)?(?:mg|mcg|g|meq|ml|units?|%)(?:/\d* ?(?:ml|mg|g|mcg|actuation|puff|hour)s?)? (?=[a-z])")
+_STRENGTH = re.compile(
+    r"^ ?(?:\d+(?:\.\d+)? ?)?(?:mg|mcg|g|meq|ml|units?|%)(?:/\d* ?(?:ml|mg|g|mcg|actuation|puff|hour)s?)? (?=[a-z])"
+)
 _DAYS = {"day": 1.0, "night": 1.0, "morning": 1.0, "week": 7.0, "month": 30.0, "year": 365.0, "hour": 1 / 24}
 _NOT_UNITS = frozenset(
     "a an and any area as at bedtime both by daily day days each every evening eye eyes food for from hour hours in inside into left meal "
@@ -82,7 +85,10 @@ def read_duration(phrase: str) -> float | None:
     text = " ".join(phrase.lower().split())
     found = [
         (number(hit[2] or hit[1]), hit[3])
-        for hit in re.finditer(rf"({_ONE})(?: ?(?:to|or|-) ?({_ONE}))? (?:full |total |consecutive |more |additional |straight )?(day|night|morning|week|month|year|hour)s?\b", text)
+        for hit in re.finditer(
+            rf"({_ONE})(?: ?(?:to|or|-) ?({_ONE}))? (?:full |total |consecutive |more |additional |straight )?(day|night|morning|week|month|year|hour)s?\b",
+            text,
+        )
     ]
     if not found:
         one = re.search(r"\ba (day|week|month|year)\b", text)
@@ -95,7 +101,10 @@ def read_duration(phrase: str) -> float | None:
 def read_maximum(phrase: str) -> Amount | None:
     """Return a maximum per day: `8 tablets per day`, `3`, `200 mg in 24 hours`. A weekly maximum is None."""
     text = " ".join(phrase.lower().split())
-    if re.search(r"\b(?:per|a|each|every|in a|in 1|in) (?:\d+ )?(?:week|month)s?\b|\bweekly\b|\bin \d+ days\b|\bper (?:hour|dose|episode|attack)\b", text):
+    if re.search(
+        r"\b(?:per|a|each|every|in a|in 1|in) (?:\d+ )?(?:week|month)s?\b|\bweekly\b|\bin \d+ days\b|\bper (?:hour|dose|episode|attack)\b",
+        text,
+    ):
         return None
     text = re.sub(r"\b(?:in|per|every|within) (?:a |any )?24(?: |-)?(?:hours?|hour period)\b", "per day", text)
     text = re.sub(r"\bin (?:1|a) day\b", "per day", text)

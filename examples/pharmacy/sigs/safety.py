@@ -1,6 +1,8 @@
+# ruff: noqa: E501
 """Safety enforcement: when a person must look, and why.
 
 Reasons are stable codes:
+
     missing_dose         no amount is stated
     missing_frequency    no frequency is stated
     contradiction        two doses, frequencies, routes or durations disagree, or a stated maximum per day is
@@ -33,8 +35,8 @@ REASONS = (
 )  # fmt: skip
 
 SEQUENCE = re.compile(
-    r"\bthen\b(?! (?:spit|swallow|rinse|wait|discard|remove|wipe|wash|exhale|hold|stop\b(?! for)))(?=.*(?:\d|daily|needed|once|twice|off|every|stop for))|\btaper(?:ed|ing)?\b|\bpulse\b|\bfollowed by\b|\bday 1\b|\bdays 1\b|\bweek 1\b|"
-    r"\b(?:on|the) (?:first|1st) day\b|\bday (?:one|1)\b|\b(?:increase|decrease|reduce|titrate)\w* (?:to|by|dose|as|up|down|after|every)\b|\bthereafter\b|\boff for\b|\bweeks? (?:on|off)\b|\bdays (?:on|off)\b|"
+    r"\bthen\b(?! (?:spit|swallow|rinse|wait|discard|remove|wipe|wash|exhale|hold|stop\b(?! for)))(?=.*(?:\d|daily|needed|once|twice|off|every|stop for))|\btaper(?:ed|ing)?\b|\bpulse\b|\bfollowed by\b|\b(?:on|for|take) days? 1\b|^days? 1\b|\bday 1 (?:then|of|and)\b|\bdays? 1 to \d|\bweek 1\b(?! (?:tablet|capsule|pill|by))|"
+    r"\b(?:on|the) (?:first|1st) day\b|\b(?:increase|decrease|reduce|titrate)\w* (?:to|by|dose|as|up|down|after|every)\b|\bthereafter\b|\boff for\b|\b(?:weeks?|days?) off\b|\b\d+ (?:weeks|days) on (?:and|then|\d)|"
     r"\bfor \d+ (?:days?|weeks?|doses?)(?: \.)?(?: and| take| apply| use)? (?:\d+(?:\.\d+)?(?: \d/\d)?|\d/\d) (?:tablets?|capsules?|pills?|mg|ml|puffs?|by mouth|drops?|times?|twice|every|daily)(?! (?:as needed|per|max))|"
     r"\brepeat(?:ed)?\b(?! (?:labs?|test))|\bfirst dose\b.*\bsecond dose\b|\binitially\b|\bloading\b|\bafter that\b|\bsubsequent\b"
 )
@@ -61,8 +63,10 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "packet": (0.25, 8), "applicator": (0.25, 3),
 }  # fmt: skip
 _MG = {"mg": 1.0, "mcg": 0.001, "g": 1000.0}
-_SPAN = re.compile(r"(?<!\d )\bfor \d+(?: to \d+)? (?:days|weeks?|months?|nights)\b")
-_TEXT_STRENGTH = re.compile(r"\b(?P<n>\d+(?:\.\d+)?) (?P<u>tablets?|capsules?|pills?|ml) (?P<s>\d+(?:\.\d+)?) (?P<m>mg|mcg|g)\b(?P<t> total)?")
+_SPAN = re.compile(r"(?<!\d )(?<!supply )\bfor \d+(?: to \d+)? (?:days|weeks?|months?|nights)\b")
+_TEXT_STRENGTH = re.compile(
+    r"\b(?P<n>\d+(?:\.\d+)?) (?P<u>tablets?|capsules?|pills?|ml) (?P<s>\d+(?:\.\d+)?) (?P<m>mg|mcg|g)\b(?P<t> total)?"
+)
 
 
 def review(result: Assembly, text: str, given: dict[str, Any]) -> list[str]:
@@ -102,7 +106,11 @@ def is_garbled(text: str) -> bool:
     words = [word for word in re.findall(r"[a-z][a-z'-]*", text) if word != "x"]
     if not words:
         return True
-    unknown = [word for word in words if word not in VOCABULARY and word.removesuffix("s") not in VOCABULARY and word not in drug_words()]
+    unknown = [
+        word
+        for word in words
+        if word not in VOCABULARY and word.removesuffix("s") not in VOCABULARY and word not in drug_words()
+    ]
     share = len(unknown) / len(words)
     return share > 0.5 or (len(unknown) >= 3 and share > 0.34)
 
@@ -187,11 +195,23 @@ def catalogue_conflict(result: Assembly, given: dict[str, Any]) -> bool:
     solid = facts.dose_unit in {"tablet", "capsule", "caplet", "softgel"}
     if solid and not units & {"tablet", "capsule", "caplet", "softgel"}:
         return True
-    if solid and form and facts.dose_unit in {"tablet", "capsule"} and singular(form.split()[-1]) in {"tablet", "capsule"} and singular(form.split()[-1]) != facts.dose_unit:
+    if (
+        solid
+        and form
+        and facts.dose_unit in {"tablet", "capsule"}
+        and singular(form.split()[-1]) in {"tablet", "capsule"}
+        and singular(form.split()[-1]) != facts.dose_unit
+    ):
         return True
-    if facts.dose_unit in {"puff", "drop", "patch", "suppository", "spray"} and facts.dose_unit not in units | {row.form for row in rows}:
+    if facts.dose_unit in {"puff", "drop", "patch", "suppository", "spray"} and facts.dose_unit not in units | {
+        row.form for row in rows
+    }:
         return True
-    return _too_much(result, given, [row.max_daily * _MG[row.strength_unit] for row in rows if row.max_daily and row.strength_unit in _MG])
+    return _too_much(
+        result,
+        given,
+        [row.max_daily * _MG[row.strength_unit] for row in rows if row.max_daily and row.strength_unit in _MG],
+    )
 
 
 def _too_much(result: Assembly, given: dict[str, Any], limits: list[float]) -> bool:

@@ -1,8 +1,8 @@
+# ruff: noqa: E501
 """Scenes: what is meant, how it is said, and what a correct reading is. The truth comes from the frame, not from the text."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from random import Random
 from typing import Any
@@ -38,7 +38,9 @@ class Scene:
     def slots(self) -> list[tuple[str, str]]:
         """Return the labelled slots in the order of the answer: first dose and route, then time, then the rest."""
         order = ("dose", "route", "when", "prn", "for", "max", "then")
-        return sorted(((part.label, part.slot) for part in self.parts if part.label), key=lambda item: order.index(item[0]))
+        return sorted(
+            ((part.label, part.slot) for part in self.parts if part.label), key=lambda item: order.index(item[0])
+        )
 
     def truth(self) -> dict[str, Any]:
         """Return the expected components with `needs_review` and its reasons."""
@@ -49,10 +51,16 @@ class Scene:
             reasons.add("missing_frequency")
         if implausible(*(self.expected[key] for key in ("dose_min", "dose_max", "dose_unit", "max_times_per_day"))):
             reasons.add("implausible_dose")
-        return {**self.expected, "needs_review": bool(reasons), "review_reasons": [code for code in CODES if code in reasons]}
+        return {
+            **self.expected,
+            "needs_review": bool(reasons),
+            "review_reasons": [code for code in CODES if code in reasons],
+        }
 
 
-def components(dose: Dose | None = None, route: str | None = None, when: float | None = None, **more: Any) -> dict[str, Any]:
+def components(
+    dose: Dose | None = None, route: str | None = None, when: float | None = None, **more: Any
+) -> dict[str, Any]:
     """Return expected components from the parts of a frame; what is not given is not stated."""
     return {
         "dose_min": dose.low if dose else None,
@@ -105,7 +113,7 @@ def simple(product: Product, rng: Random, *, held: bool) -> Scene:
     if dose:
         scene.families.add(dose.family)
         parts["dose"] = Part(dose.surface, "dose", dose.slot)
-    parts["place"] = Part(_place(manner), "route" if manner.route else "", manner.route or "")
+    parts["place"] = Part(manner.place, "route" if manner.route else "", manner.route or "")
     if frequency:
         scene.families.add(frequency.family)
         parts["when"] = Part(frequency.surface, "when", frequency.slot or frequency.surface)
@@ -146,13 +154,13 @@ def _dose(product: Product, manner: Manner, rng: Random, held: bool) -> Dose | N
         return None
     dose = say_dose(product, unit, rng, held=held)
     if unit in {"click", "patch"} and rng.random() < 0.4:
-        equal = rng.choice(["1 gram", "0.25 ml", "(1 g)", "0.5 gm", "1 milliliter"]) if unit == "click" else rng.choice(["5%", "0.1 mg", "(25 mcg)", "21 mg"])
+        equal = (
+            rng.choice(["1 gram", "0.25 ml", "(1 g)", "0.5 gm", "1 milliliter"])
+            if unit == "click"
+            else rng.choice(["5%", "0.1 mg", "(25 mcg)", "21 mg"])
+        )
         return Dose(f"{dose.surface} {equal}", dose.slot, dose.low, dose.high, dose.unit, dose.family)
     return dose
-
-
-def _place(manner: Manner) -> str:
-    return manner.place
 
 
 _VAGUE = ("a thin layer", "a small amount", "sparingly", "a pea sized amount", "thin film", "liberally")
@@ -178,8 +186,20 @@ def _give(scene: Scene, product: Product, dose: Dose | None, rng: Random) -> Non
     if rng.random() < 0.6 and not (dose and dose.unit == "pill"):
         scene.given["form"] = product.form
     facts = scene.expected
-    per_unit = 1.0 if facts["dose_unit"] == "mg" else float(str(scene.given["strength"]).split()[0]) if "strength" in scene.given and facts["dose_unit"] in {"tablet", "capsule", "pill", None} else None
-    if product.max_daily and per_unit and facts["dose_max"] and facts["max_times_per_day"] and facts["dose_max"] * per_unit * facts["max_times_per_day"] > product.max_daily * 1.01:
+    per_unit = (
+        1.0
+        if facts["dose_unit"] == "mg"
+        else float(str(scene.given["strength"]).split()[0])
+        if "strength" in scene.given and facts["dose_unit"] in {"tablet", "capsule", "pill", None}
+        else None
+    )
+    if (
+        product.max_daily
+        and per_unit
+        and facts["dose_max"]
+        and facts["max_times_per_day"]
+        and facts["dose_max"] * per_unit * facts["max_times_per_day"] > product.max_daily * 1.01
+    ):
         scene.reasons.add("catalogue_conflict")
 
 
@@ -189,7 +209,12 @@ def _maximum(scene: Scene, product: Product, dose: Dose, times: float, rng: Rand
     reach = dose.high * times
     value = reach if rng.random() < 0.8 else rng.choice([max(1.0, reach - 1), reach + 1, reach * 2])
     unit = dose.unit
-    if product.strengths and dose.unit in {"tablet", "capsule", "pill"} and rng.random() < 0.3 and "amount" not in phrase.surface or ("amount" in phrase.surface and product.strengths and dose.unit != "mg"):
+    if (
+        product.strengths
+        and dose.unit in {"tablet", "capsule", "pill"}
+        and rng.random() < 0.3
+        and "amount" not in phrase.surface
+    ) or ("amount" in phrase.surface and product.strengths and dose.unit != "mg"):
         strength = float(str(scene.given["strength"]).split()[0]) if "strength" in scene.given else _strength_in(dose)
         value, unit = value * (strength or rng.choice(product.strengths)), "mg"
         if strength is None:
@@ -212,7 +237,7 @@ def _maximum(scene: Scene, product: Product, dose: Dose, times: float, rng: Rand
 
 def _strength_in(dose: Dose) -> float | None:
     words = dose.surface.replace("(", "").split()
-    if dose.low != dose.high or dose.unit not in {"tablet", "capsule"}:
+    if dose.low != dose.high or dose.unit not in {"tablet", "capsule", "pill"}:
         return None
     if words[-1] == "total" and words[-2] in {"mg", "milligram", "total)"}:
         return float(words[-3]) / dose.low
@@ -220,7 +245,12 @@ def _strength_in(dose: Dose) -> float | None:
         return float(words[-3]) / dose.low
     if words[-1] == "mg" and dose.low == 1:
         return float(words[-2])
-    if words[-1].endswith("mg") and words[-1][0].isdigit() and dose.low == 1 and dose.family == "dose.held.milligram_total":
+    if (
+        words[-1].endswith("mg")
+        and words[-1][0].isdigit()
+        and dose.low == 1
+        and dose.family == "dose.held.milligram_total"
+    ):
         return float(words[-1].removesuffix("mg"))
     return None
 
@@ -244,11 +274,13 @@ def _order(scene: Scene, parts: dict[str, Part], rng: Random, held: bool) -> Non
             continue
         if glued and key == "extra":
             part.surface = "instr" + part.surface
-        part.glue = glued and part.surface[:1].isalpha() and (key != "for" or part.surface.startswith("x")) and (key != "prn" or part.surface.startswith("prn"))
+        part.glue = (
+            glued
+            and part.surface[:1].isalpha()
+            and (key != "for" or part.surface.startswith("x"))
+            and (key != "prn" or part.surface.startswith("prn"))
+        )
         scene.parts.append(part)
     if scene.parts and name == "order.held.sentence":
         first = scene.parts[0]
         first.surface = first.surface[:1].upper() + first.surface[1:]
-
-
-SceneMaker = Callable[[Product, Random], Scene]

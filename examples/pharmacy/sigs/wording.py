@@ -1,3 +1,4 @@
+# ruff: noqa: E501
 """Plain words for the patient, composed from components only."""
 
 from __future__ import annotations
@@ -90,7 +91,7 @@ def direction(result: Assembly) -> str:
 
 def _moments(when: str) -> str:
     events = read_frequency(when).events
-    if not events or re.search(r"\d", when) and "clock" not in " ".join(events):
+    if not events or (re.search(r"\d", when) and "clock" not in " ".join(events)):
         return ""
     words = re.sub(r"^(?:once |twice )?(?:daily|a day|every day)\s*", "", when)
     return f"({words})" if words and words != "nightly" else ""
