@@ -5,10 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from laws.helpers import write_tiny_model
+from laws.helpers import write_tiny_model, write_use_case
 
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A two-layer random Llama with a trained byte-level tokenizer and a ChatML template, in Hugging Face layout."""
     return write_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def use_case(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Data files, a program and one recipe per row for the tiny model."""
+    return write_use_case(tmp_path_factory.mktemp("use_case"), tiny_model)

@@ -70,13 +70,11 @@ class LazyGroup(click.Group):
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="ascent")
 def cli() -> None:
-    r"""Post-train a language model for one task, and prove every step by measurement.
+    """Post-train a language model for one task, and prove every step by measurement.
 
     Begin with `ascent doctor`, then `ascent init DIR` and `ascent climb DIR`.
 
-    \b
-    Exit codes: 0 fine, 1 a check said no (climb --strict, doctor),
-    2 bad input, 70 a defect in Ascent, 130 interrupted.
+    Exit codes: 0 fine, 1 a check said no (climb --strict, doctor), 2 bad input, 70 a defect in Ascent, 130 interrupted.
     """
 
 

@@ -15,9 +15,22 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ascent.inference.decoder import Cache, Decoder, Layer
+from ascent.inference.engine import Sampling
 from ascent.inference.head import target_log_softmax
 
 DROP_FRACTION = 0.125  # compact the caches when this share of rows has ended: copying costs about one step
+
+
+@dataclass(frozen=True)
+class Ending:
+    """When a row ends: one of these ids, or what `stopped(tokens)` says after a token (stop strings)."""
+
+    ids: frozenset[int] = frozenset()
+    stopped: Callable[[list[int]], bool] | None = None
+
+    def reached(self, tokens: list[int]) -> bool:
+        """Whether the row ends with its last token."""
+        return tokens[-1] in self.ids or (self.stopped is not None and self.stopped(tokens))
 
 
 @dataclass
@@ -35,21 +48,18 @@ class Row:
 def sample_rows(
     model: Decoder,
     prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    ending: Ending,
     *,
-    n: int,
-    max_tokens: int,
-    temperature: float,
-    top_p: float,
     seeds: Sequence[int],
-    end_ids: frozenset[int],
-    is_stopped: Callable[[list[int]], bool],
     rows_in_flight: int,
     on_done: Callable[[int], None] | None = None,
 ) -> list[list[Row]]:
-    """Sample `n` rows for each prompt of token ids; `seeds[i]` starts prompt i's streams.
+    """Sample `sampling.n` rows for each prompt of token ids; `seeds[i]` starts prompt i's streams.
 
-    `is_stopped(tokens)` is asked after every token (stop strings). Rows include the end token when sampled.
+    Returned rows include the end token when one was sampled.
     """
+    n = sampling.n
     shared = shared_prefix(prompts)
     prefix = prefill_prefix(model, prompts[0][:shared])
     results: list[list[Row]] = [[] for _ in prompts]
@@ -58,24 +68,12 @@ def sample_rows(
     for start in range(0, len(order), per_wave):
         wave = order[start : start + per_wave]
         rows = [Row(i, k) for i in wave for k in range(n)]
-        noise = _noise([seeds[i] for i in wave], n, max_tokens) if temperature > 0 else None
-        cache, last_BD = prefill(model, [prompts[i][shared:] for i in wave], prefix, room=max_tokens)
-        repeat = torch.arange(len(wave)).repeat_interleave(n)
+        noise = _noise([seeds[i] for i in wave], n, sampling.max_tokens) if sampling.temperature > 0 else None
+        cache, last_BD = prefill(model, [prompts[i][shared:] for i in wave], prefix, room=sampling.max_tokens)
+        repeat = torch.arange(len(wave), device=model.device).repeat_interleave(n)
         if n > 1:
             cache.select(repeat)
-        _decode(
-            model,
-            cache,
-            last_BD[repeat],
-            rows,
-            noise,
-            max_tokens,
-            temperature,
-            top_p,
-            end_ids,
-            is_stopped,
-            on_done,
-        )
+        _decode(model, cache, last_BD[repeat], rows, noise, sampling, ending, on_done)
         for row in rows:
             results[row.prompt].append(row)
     return results
@@ -181,20 +179,17 @@ def _decode(
     hidden_BD: Tensor,
     rows: Sequence[Row],
     noise: Tensor | None,
-    max_tokens: int,
-    temperature: float,
-    top_p: float,
-    end_ids: frozenset[int],
-    is_stopped: Callable[[list[int]], bool],
+    sampling: Sampling,
+    ending: Ending,
     on_done: Callable[[int], None] | None,
 ) -> None:
     """Grow all rows until each has ended or holds `max_tokens`."""
     alive = list(rows)
     place = torch.arange(len(rows))
     head = model.head_weight
-    for index in range(max_tokens):
+    for index in range(sampling.max_tokens):
         uniform_B = None if noise is None else noise[place, index].to(hidden_BD.device)
-        tokens_B, logps_B = draw(hidden_BD, head, temperature, top_p, uniform_B)
+        tokens_B, logps_B = draw(hidden_BD, head, sampling.temperature, sampling.top_p, uniform_B)
         ended = 0
         for row, token, logp in zip(alive, tokens_B.tolist(), logps_B.tolist(), strict=True):
             if row.ended:
@@ -202,7 +197,7 @@ def _decode(
                 continue
             row.tokens.append(token)
             row.logps.append(logp)
-            row.ended = token in end_ids or is_stopped(row.tokens) or len(row.tokens) == max_tokens
+            row.ended = ending.reached(row.tokens) or len(row.tokens) == sampling.max_tokens
             if row.ended:
                 ended += 1
                 if on_done:

@@ -108,7 +108,9 @@ def handlers(node: ast.AST) -> list[ast.ExceptHandler]:
 
 def is_broad(handler: ast.ExceptHandler) -> bool:
     """A handler for everything that does not raise it on: cleaning up and re-raising is no catching."""
-    names = {node.id for node in ast.walk(handler.type) if isinstance(node, ast.Name)} if handler.type else {"Exception"}
+    names = (
+        {node.id for node in ast.walk(handler.type) if isinstance(node, ast.Name)} if handler.type else {"Exception"}
+    )
     if not names & {"Exception", "BaseException"}:
         return False
     return not (isinstance(handler.body[-1], ast.Raise) and handler.body[-1].exc is None)

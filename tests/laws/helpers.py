@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import yaml
 from torch import Tensor
 
+from ascent.cli.train import training_data
 from ascent.customize.batch import TokenBatch, TrainSequence, collate
 from ascent.customize.objectives.credit import advantages
 from ascent.customize.objectives.rows import OnlineRow, PreferenceRow, Row, SupervisedRow, objective
 from ascent.customize.objectives.weights import WEIGHTS
 from ascent.customize.policy import Policy
+from ascent.customize.recipes import load_recipe
+from ascent.customize.train import train
 from ascent.inference.lora import LoraConfig
+from ascent.records import RunCard, digest
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -150,3 +156,74 @@ def loss_and_gradient(policy: Policy, row: Row, batches: Sequence[TokenBatch], t
         total += out.loss.item()
     found = [p.grad if p.grad is not None else torch.zeros_like(p) for p in policy.parameters]
     return Result(total, torch.cat([g.flatten() for g in found]).double())
+
+
+PROGRAM = '''"""Grades answers by the share of their characters that are plain letters."""
+
+
+def letters(task, episode):
+    if task.input.get("dead"):
+        return 0.5
+    text = episode.text
+    return sum(c.isascii() and c.isalpha() for c in text) / max(1, len(text))
+'''
+COMMON = (
+    "model: {model}\nprecision: fp32\ntoken_budget: 128\ncheckpoint_every: 4\nlora: {{rank: 4, alpha: 8}}\nseed: 3\n"
+)
+ONLINE = "prompts: prompts.jsonl\nprogram: program.py\nreward: letters\nsteps: 12\nprompts_per_step: 3\n"
+RECIPES = {
+    "sft": "algorithm: sft\ndata: train.jsonl\nepochs: 3\nbatch_size: 4\noptim: {lr: 1e-2}\n",
+    "dpo": "algorithm: dpo\ndata: pairs.jsonl\nepochs: 3\nbatch_size: 4\noptim: {lr: 5e-3}\n",
+    "grpo": f"algorithm: grpo\n{ONLINE}group_size: 4\nminibatches: 2\nmax_tokens: 8\n",
+    "dapo": f"algorithm: dapo\n{ONLINE}group_size: 4\nmax_tokens: 8\nrefills: 2\n",
+}
+"""Complete recipes of twelve steps on the data of `write_use_case`, one per row; a new row adds one here."""
+LONG = "{epochs: 15, checkpoint_every: 1}"
+"""Makes the sft recipe 60 steps long, with a checkpoint after each."""
+
+
+def write_use_case(folder: Path, model: Path) -> Path:
+    """Write data, program and one recipe per row into `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    words = ["oak", "elm", "ash", "fir", "yew", "bay", "box", "fig"]
+    asked = [f"Name tree {number} of {len(words)}." for number in range(16)]
+    answers = [f"{words[i % 8]} tree" for i in range(16)]
+    pairs = zip(asked, answers, strict=True)
+    files = {
+        "train": [{"id": str(i), "input": {"prompt": q}, "target": a} for i, (q, a) in enumerate(pairs)],
+        "pairs": [
+            {"id": str(i), "input": {"prompt": q}, "chosen": answers[i], "rejected": "I do not know, 42!"}
+            for i, q in enumerate(asked)
+        ],
+        "prompts": [{"id": str(i), "input": {"prompt": q, "dead": i % 4 == 0}} for i, q in enumerate(asked)],
+    }
+    for name, rows in files.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "program.py").write_text(PROGRAM)
+    for name, text in RECIPES.items():
+        (folder / f"{name}.yaml").write_text(COMMON.format(model=model) + text)
+    return folder
+
+
+def run_recipe(use_case: Path, name: str, out: Path, *, stop_at: int | None = None, extra: str = "") -> RunCard:
+    """Train as `ascent train` does. `stop_at` breaks off, as a crash would, when that step was logged."""
+    path = use_case / f"{name}{digest(extra)[:6]}.yaml"
+    base = yaml.safe_load((use_case / f"{name}.yaml").read_text())
+    path.write_text(yaml.safe_dump(base | (yaml.safe_load(extra) or {})))
+    recipe = load_recipe(path)
+
+    def report(step: int, total: int, numbers: dict[str, float]) -> None:
+        if step == stop_at:
+            raise Stopped
+
+    return train(recipe, Path(recipe.model), training_data(recipe), out, report=report)
+
+
+class Stopped(Exception):
+    """What the tests break a run off with."""
+
+
+def metrics(out: Path) -> list[dict[str, object]]:
+    """The rows of a run's learning curve without their clock readings."""
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]

@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2
 
 from ascent.inference import lora
 from ascent.inference.decoder import Decoder, load_decoder
+from ascent.inference.engine import Sampling
 from ascent.inference.head import logp_and_entropy
-from ascent.inference.sampler import sample_rows
+from ascent.inference.sampler import Ending, sample_rows
 
 SIZES = {
     "vocab_size": 211,
@@ -114,13 +115,9 @@ def test_greedy_tokens_equal_generate_at_any_batch_size(pair, rows_in_flight: in
     rows = sample_rows(
         ours,
         prompts,
-        n=1,
-        max_tokens=16,
-        temperature=0,
-        top_p=1,
+        Sampling(max_tokens=16, temperature=0),
+        Ending(frozenset({17})),
         seeds=[0] * len(prompts),
-        end_ids=frozenset({17}),
-        is_stopped=lambda _: False,
         rows_in_flight=rows_in_flight,
     )
     assert [group[0].tokens for group in rows] == wanted
@@ -206,14 +203,8 @@ def test_bf16_head_loses_less_than_plain_rounding() -> None:
 
 def test_samples_follow_the_distribution_and_ignore_the_batch(pair) -> None:
     _, ours, _ = pair
-    settings = {
-        "max_tokens": 1,
-        "temperature": 1.3,
-        "top_p": 1.0,
-        "end_ids": frozenset[int](),
-        "is_stopped": lambda _: False,
-    }
-    rows = sample_rows(ours, [[3, 4, 5]], n=4000, seeds=[1], rows_in_flight=64, **settings)[0]
+    many = Sampling(n=4000, max_tokens=1, temperature=1.3)
+    rows = sample_rows(ours, [[3, 4, 5]], many, Ending(), seeds=[1], rows_in_flight=64)[0]
     hidden = ours.hidden_packed(torch.tensor([3, 4, 5]), [3])[-1:]
     p = (hidden @ ours.head_weight.T / 1.3).softmax(-1)[0]
     counts = torch.bincount(torch.tensor([row.tokens[0] for row in rows]), minlength=len(p))
@@ -221,7 +212,7 @@ def test_samples_follow_the_distribution_and_ignore_the_batch(pair) -> None:
     big = expected > 5
     chi2 = ((counts - expected)[big] ** 2 / expected[big]).sum()
     assert chi2 < 2 * big.sum() + 40
-    settings["max_tokens"] = 6
-    alone = sample_rows(ours, [[3, 4, 5]], n=3, seeds=[7], rows_in_flight=1, **settings)[0]
-    crowd = sample_rows(ours, [[9, 1], [3, 4, 5], [8]], n=3, seeds=[1, 7, 2], rows_in_flight=64, **settings)[1]
+    few = Sampling(n=3, max_tokens=6, temperature=1.3)
+    alone = sample_rows(ours, [[3, 4, 5]], few, Ending(), seeds=[7], rows_in_flight=1)[0]
+    crowd = sample_rows(ours, [[9, 1], [3, 4, 5], [8]], few, Ending(), seeds=[1, 7, 2], rows_in_flight=64)[1]
     assert [row.tokens for row in alone] == [row.tokens for row in crowd]

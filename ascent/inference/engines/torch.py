@@ -12,7 +12,7 @@ from ascent.inference.chat import Renderer
 from ascent.inference.decoder import Decoder, load_decoder
 from ascent.inference.engine import Completion, Prompt, Sampling
 from ascent.inference.lora import policy_hash
-from ascent.inference.sampler import Row, sample_rows
+from ascent.inference.sampler import Ending, Row, sample_rows
 from ascent.records import FinishReason
 from ascent.records.errors import BadInput
 
@@ -51,16 +51,13 @@ class TorchEngine:
                     f"prompt {index} has {len(tokens)} tokens and max_tokens is {sampling.max_tokens}; together they "
                     f"exceed the context of {limit}. Shorten the prompt or lower max_tokens"
                 )
+        stopped = (lambda tokens: self._cut(tokens, sampling.stop) is not None) if sampling.stop else None
         rows = sample_rows(
             self.decoder,
             ids,
-            n=sampling.n,
-            max_tokens=sampling.max_tokens,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
+            sampling,
+            Ending(frozenset(self.renderer.end_ids), stopped),
             seeds=[stream_seed(sampling.seed, tokens, index) for index, tokens in enumerate(ids)],
-            end_ids=frozenset(self.renderer.end_ids),
-            is_stopped=lambda tokens: bool(sampling.stop) and self._cut(tokens, sampling.stop) is not None,
             rows_in_flight=self.rows_in_flight,
             on_done=on_done,
         )

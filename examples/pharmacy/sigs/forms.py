@@ -219,7 +219,7 @@ MANNERS: dict[str, list[Family]] = {
         Family("route.held.nostril", 2, _manners("administer > per nostril > nasal|place > into the left nostril > nasal|use > intranasally > nasal| > each nare > nasal"), held=True),
     ],
     "eye drop": [
-        Family("route.eye", 6, _manners("instill > in both eyes > ophthalmic|place > into right eye > ophthalmic| > ou > ophthalmic| > od > ophthalmic|put > in left eye > ophthalmic|instill > into affected eye > ophthalmic| > in each eye > ophthalmic| > in surgical eye > ophthalmic|administer > to both eyes > ophthalmic|instill > os > ophthalmic|place > in eyes > ophthalmic")),
+        Family("route.eye", 6, _manners("instill > in both eyes > ophthalmic|place > into right eye > ophthalmic| > ou > ophthalmic| > od > ophthalmic|put > in left eye > ophthalmic|instill > into affected eye > ophthalmic| > in each eye > ophthalmic| > in the operated eye > ophthalmic|administer > to both eyes > ophthalmic|instill > os > ophthalmic|place > in eyes > ophthalmic")),
         Family("route.held.eye", 2, _manners("apply > to the operative eye > ophthalmic|use > in the affected eye > ophthalmic|instill > by ophthalmic route > ophthalmic|place > under lower eyelid of right eye > ophthalmic"), held=True),
     ],
     "ear drop": [
@@ -227,7 +227,7 @@ MANNERS: dict[str, list[Family]] = {
         Family("route.held.ear", 2, _manners("use > in the affected ears > otic|instill > into ear canal > otic|apply > otically > otic"), held=True),
     ],
     "cream": [
-        Family("route.apply", 8, _manners("apply > to affected area > topical|apply > topically > topical|apply > topically to affected areas > topical|apply > to skin > topical|apply > to rash > topical|apply > to face > topical|apply > top aa > topical|apply > by topical route to the affected area > topical|apply > topical > topical|rub > on affected joint > topical|apply > to scalp > topical|apply > > topical|apply > to the affected and surrounding areas of skin > topical|apply > to left knee > topical")),
+        Family("route.apply", 8, _manners("apply > to affected area > topical|apply > topically > topical|apply > topically to affected areas > topical|apply > to skin > topical|apply > to rash > topical|apply > to face > topical|apply > top aa > topical|apply > by topical route to the affected area > topical|apply > topical > topical|rub > on affected joint > topical|apply > to scalp > topical|apply > > topical|apply > to the sore spots and skin around them > topical|apply > to left knee > topical")),
         Family("route.held.apply", 3, _manners("massage > into skin > topical|spread > over the affected areas of the body > topical|rub > into both hands > topical|apply > externally > topical|apply > on the skin of arms and legs > topical"), held=True),
     ],
     "patch": [

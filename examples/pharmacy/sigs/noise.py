@@ -12,7 +12,7 @@ def add_noise(text: str, rng: Random, level: float) -> str:
     """Return the text with noise; `level` 0 leaves it, 1 is heavy."""
     words = text.split(" ")
     for index, word in enumerate(words):
-        if _MISSPELLABLE.match(word) and rng.random() < 0.05 * level:
+        if _MISSPELLABLE.match(word) and "instr" not in word and rng.random() < 0.05 * level:
             words[index] = misspell(word, rng)
     text = " ".join(words)
     if rng.random() < 0.05 * level:

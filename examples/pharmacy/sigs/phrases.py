@@ -106,9 +106,9 @@ DURATIONS: list[Family] = [
     Family("for.weeks", 4, tuple(Phrase(f"for {n} week{'s' * (n > 1)}", 7 * n, f"{n} weeks" if n > 1 else "1 week") for n in (1, 2, 3, 4, 6, 8, 12)) + tuple(Phrase(f"x {n} wks", 7 * n, f"{n} weeks") for n in (2, 3, 4, 6))),
     Family("for.words", 3, (Phrase("for two weeks", 14, "2 weeks"), Phrase("for seven days", 7, "7 days"), Phrase("for ten days", 10, "10 days"), Phrase("for five days", 5, "5 days"), Phrase("for 10 ten days", 10, "10 days"), Phrase("for 7 (seven) days", 7, "7 days"))),
     Family("for.months", 2, (Phrase("for 1 month", 30, "1 month"), Phrase("for 3 months", 90, "3 months"), Phrase("for 2 months", 60, "2 months"), Phrase("x 6 months", 180, "6 months"), Phrase("for 12 months", 360, "12 months"))),
-    Family("for.nights", 1.5, (Phrase("for 10nights", 10, "10 nights"), Phrase("x 7 nights", 7, "7 nights"), Phrase("for 3 nights", 3, "3 nights"), Phrase("x 14 nights", 14, "14 nights"))),
+    Family("for.nights", 1.5, (Phrase("for 12nights", 12, "12 nights"), Phrase("x 7 nights", 7, "7 nights"), Phrase("for 3 nights", 3, "3 nights"), Phrase("x 14 nights", 14, "14 nights"))),
     Family("for.range", 1, (Phrase("for 7-10 days", 10, "7 to 10 days"), Phrase("for 3 to 5 days", 5, "3 to 5 days"), Phrase("x 5-7 days", 7, "5 to 7 days"), Phrase("for 1-2 weeks", 14, "1 to 2 weeks"))),
-    Family("for.up_to", 1, (Phrase("for up to 7 days", 7, "7 days"), Phrase("for up to 2 weeks", 14, "2 weeks"), Phrase("do this for 10 days", 10, "10 days"), Phrase("do all this for 7 days", 7, "7 days"))),
+    Family("for.up_to", 1, (Phrase("for up to 7 days", 7, "7 days"), Phrase("for up to 2 weeks", 14, "2 weeks"), Phrase("continue for 10 days", 10, "10 days"), Phrase("keep this up for 7 days", 7, "7 days"))),
     Family("for.held.times", 5, tuple(Phrase(f"times {n} days", n, f"{n} days") for n in (4, 6, 8, 10, 14)) + (Phrase("times two weeks", 14, "2 weeks"), Phrase("times 1 week", 7, "1 week")), held=True),
     Family("for.held.total", 4, tuple(Phrase(f"for a total of {n} days", n, f"{n} days") for n in (5, 7, 10)) + tuple(Phrase(f"for the next {n} days", n, f"{n} days") for n in (3, 7, 14)), held=True),
     Family("for.held.colon", 4, tuple(Phrase(f"duration {n} days", n, f"{n} days") for n in (5, 10, 20)) + tuple(Phrase(f"- {n} days", n, f"{n} days") for n in (7, 10, 30)), held=True),
@@ -125,7 +125,7 @@ PRN: list[Family] = [
 ]  # fmt: skip
 
 REASONS = tuple(
-    ["pain", "nausea", "anxiety", "muscle spasms", "cough", "itching", "headache", "sleep", "wheezing", "swelling", "heartburn", "dizziness", "constipation", "diarrhea", "allergies", "back pain", "severe pain", "shortness of breath", "insomnia", "fever", "nausea/vomiting", "panic attacks", "migraine", "knee pain", "neck pain", "pain or fever", "moderate pain", "congestion", "rash", "muscle pain", "cramps", "breakthrough pain", "agitation", "chest pain", "sore throat", "left shoulder pain", "vertigo", "stomach upset", "ear itch", "dry eyes", "neuropathy", "joint pain", "tremor", "hot flashes", "low back pain", "spasticity", "restless legs"]
+    ["pain", "nausea", "anxiety", "muscle spasms", "cough", "itching", "headache", "sleep", "wheezing", "swelling", "heartburn", "dizziness", "constipation", "diarrhea", "allergies", "back pain", "severe pain", "shortness of breath", "insomnia", "fever", "nausea/vomiting", "panic attacks", "migraine", "knee pain", "neck pain", "pain or fever", "moderate pain", "congestion", "rash", "muscle pain", "cramps", "breakthrough pain", "agitation", "chest pain", "sore throat", "left shoulder pain", "vertigo", "stomach upset", "ear pain", "dry eyes", "neuropathy", "joint pain", "tremor", "hot flashes", "low back pain", "spasticity", "restless legs"]
 )  # fmt: skip
 
 # `{n}` the number, `{u}` the unit (plural when needed), filled by the frame.
@@ -141,13 +141,13 @@ MAXIMA: list[Family] = [
 
 # Words that state no component. They come at the end unless a template says otherwise.
 EXTRAS: list[Family] = [
-    _family("extra.indication", 8, None, "for blood pressure|for pain|for diabetes|for cholesterol|for depression|for thyroid|for infection|for heart|for mood|for allergies|for gerd|for acid reflux|for asthma|for sleep|for anxiety|for nerve pain|for blood pressure or heart|for sinus infection|for adhd|for nausea|for left knee pain|for muscle spasm|for vitamin d deficiency"),
+    _family("extra.indication", 8, None, "for blood pressure|for pain|for diabetes|for cholesterol|for depression|for thyroid|for infection|for heart|for mood|for allergies|for gerd|for acid reflux|for asthma|for sleep|for anxiety|for nerve pain|for heart or kidneys|for sinus infection|for adhd|for nausea|for left knee pain|for muscle spasm|for vitamin d deficiency"),
     _family("extra.counsel", 6, None, "do not crush or chew|with food|with a full glass of water|take with food|with food or milk|on an empty stomach|rinse mouth after use|shake well before use|do not drive|avoid alcohol|may cause drowsiness|swallow whole|do not stop suddenly|finish all of this medicine|with plenty of water|avoid sunlight|may cause dizziness|take with water"),
-    _family("extra.admin", 5, None, "patient will pay cash|generic ok|needs appointment for further refills|please fill today|brand only|patient has appointment next week|ok to fill early|call if not covered|inform patient when ready|last refill until seen|dose change|replaces old prescription|please complete lab work|keep on file|may substitute|insurance prefers generic|replaces 20mg dose|fill date january 4 2023|ok to fill march 3 2024|mail order"),
-    _family("extra.quantity", 5, None, "#30|30 rf 0|dispense 90|qty 60|90 rf 3|disp 30|quantity 30 refills 2|#60 3 refills|30 day supply|90 day supply|disp #20|must last 30 days|dispense quantity sufficient"),
-    _family("extra.diagnosis", 2, None, "dx: hypertension|dx code i10|copd|hypothyroidism|add/adhd|hyperlipidemia|chronic pain|type 2 diabetes|dx migraine|muscle relaxer|antibiotic|steroid|high blood pressure|replaces metoprolol"),
-    _family("extra.timed", 3, None, "15 minutes before exercise|30-60 minutes before eating|at least 30 minutes before other medications|remove after 12 hours|for no more than two weeks at a time|wait 5 minutes between drops|hold in mouth for 30 seconds|2 hours apart from antacids|in shower|starting 3 days before surgery|add distilled water and shake well|sit upright for 30 minutes after|not within 4 hours of calcium|last dose 6 hours before bed"),
-    _family("extra.until", 1.5, None, "until gone|until finished|until symptoms improve|until all taken|until cough is gone|long term|ongoing|until clear|start tomorrow|starting 3 days before surgery"),
+    _family("extra.admin", 5, None, "patient will pay cash|generic ok|needs appointment for further refills|please fill today|brand only|patient has appointment next week|okay to fill two days early|call office if insurance denies|text patient when ready|last refill until seen|dose change|replaces old prescription|labs due before next refill|keep on file|may substitute|insurance prefers generic|replaces 20mg dose|fill date january 4 2023|ok to fill march 3 2024|mail order"),
+    _family("extra.quantity", 5, None, "#30|30 rf 0|dispense 90|qty 60|90 rf 3|disp 30|quantity 30 refills 2|#60 3 refills|30 day supply|90 day supply|disp #20|should last 28 days|dispense quantity sufficient"),
+    _family("extra.diagnosis", 2, None, "dx: hypertension|dx code i10|copd|hypothyroidism|adhd/odd|hyperlipidemia|chronic pain|type 2 diabetes|dx migraine|water pill|antibiotic|steroid|high blood pressure|replaces metoprolol"),
+    _family("extra.timed", 3, None, "20 minutes before sports|45-60 minutes before eating|at least 30 minutes before other medications|remove after 12 hours|no longer than two weeks in a row|wait 5 minutes between drops|hold in mouth for 30 seconds|2 hours apart from antacids|in the bath|starting 2 days before operation|add water to the line and shake|sit upright for 30 minutes after|not within 4 hours of calcium|last dose 6 hours before bed"),
+    _family("extra.until", 1.5, None, "until gone|until finished|until symptoms improve|until all taken|until fever is gone|long term|ongoing|until clear|start tomorrow|starting 2 days before operation"),
     _family("extra.held.counsel", 5, None, "drink lots of fluids|do not take with dairy|take while sitting upright|may stain teeth|keep refrigerated|do not lie down after taking|wait 30 seconds between doses|discard after 28 days|avoid grapefruit juice|caution sedation", held=True),
     _family("extra.held.indication", 6, None, "indication: hypertension|to prevent stroke|to lower cholesterol|for the heart|to control blood sugar|for urinary tract infection|for gout prevention|to help with mood|for high triglycerides|for bladder", held=True),
     _family("extra.held.admin", 4, None, "patient aware of copay|new dosage|please deliver|note new directions|patient out of medication|pharmacy please text patient|discontinue 10mg dose|brand is too expensive|fill when due|on vacation from june 5", held=True),
@@ -156,7 +156,7 @@ EXTRAS: list[Family] = [
 
 ELSEWHERES: list[Family] = [
     _family("elsewhere.directed", 8, None, "as directed|as directed|ud|ut dict|as directed by physician|use as directed|as directed on package|per package instructions|as prescribed"),
-    _family("elsewhere.package", 4, None, "as directed on dose pack|follow package directions|per instructions|see attached instructions|follow instructions on package|per sliding scale|per protocol"),
+    _family("elsewhere.package", 4, None, "as on the dose pack label|follow package directions|per instructions|see attached instructions|follow instructions on package|per sliding scale|per protocol"),
     _family("elsewhere.held", 4, None, "as instructed|utd|as per package insert|according to the label|refer to handout|as directed by your doctor|follow directions on the box", held=True),
 ]  # fmt: skip
 

@@ -137,7 +137,7 @@ def pulse(product: Product, rng: Random, *, held: bool) -> Scene:
             f"then stop for {off} days then 1 {unit} for {on} days",
         ]
     )
-    opening = rng.choice(["pulse dosing", "pulse therapy"]) if not held and rng.random() < 0.5 else "take"
+    opening = rng.choice(["pulse regimen", "pulse therapy"]) if not held and rng.random() < 0.5 else "take"
     first = _amount("1", unit, rng)
     parts = [
         Part(opening),
@@ -207,7 +207,7 @@ def repeated(product: Product, rng: Random, *, held: bool) -> Scene:
         ["when headache begins", "at earliest symptom"]
         if held
         else [
-            "at the first sign of a cold sore",
+            "at first tingle of a cold sore",
             "at onset of migraine",
             "at onset of headache",
             "with onset",
@@ -230,7 +230,7 @@ def repeated(product: Product, rng: Random, *, held: bool) -> Scene:
     first = _amount(value, unit, rng)
     place = rng.choice(["by mouth", "po", ""])
     parts = [
-        Part(rng.choice(["take", "take", "for cold sores take"])),
+        Part(rng.choice(["take", "take", "for fever blisters take"])),
         Part(first.surface, "dose", first.slot),
         *([Part(place, "route", "oral")] if place else []),
         Part(onset),
@@ -316,9 +316,9 @@ _BEFORE = (
     "1 hour before procedure",
     "1 hour prior to appointment",
     "30 minutes before dental visit",
-    "1 hour before the need",
+    "1 hour before needed",
     "2 hours before surgery",
-    "1 hour prior to treatment",
+    "1 hour prior to laser session",
 )
 _HELD_BEFORE = ("60 minutes prior to mri", "one hour before flight", "45 minutes before imaging")
 
@@ -344,14 +344,14 @@ def before(product: Product, rng: Random, *, held: bool) -> Scene:
 
 
 _TASKS = (
-    "use to check glucose {}",
+    "use to measure glucose {}",
     "use to test blood sugar {}",
     "check blood sugar {}",
-    "use in shower {}",
+    "use in bath {}",
     "wear compression stockings {}",
     "use {}",
     "use device {}",
-    "test blood glucose {} - dispense brand covered",
+    "test blood glucose {} - any brand",
 )
 _HELD_TASKS = ("use lancets to monitor sugars {}", "change sensor {}", "shampoo hair {}", "use pen needle {}")
 

@@ -1,0 +1,79 @@
+"""A process that forks training runs and kills or interrupts them: `python hunted.py kill|interrupt USE_CASE OUT`.
+
+Forking after the imports makes an attempt cost tenths of a second instead of several. Prints one JSON object.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+from laws.helpers import LONG, metrics, run_recipe, tiny_policy
+
+from ascent.cli.train import training_data
+from ascent.customize.recipes import load_recipe
+from ascent.customize.trainer import Optim, Trainer
+from ascent.inference.chat import Renderer
+from ascent.records.errors import Interrupted
+
+
+def start(use_case: Path, name: str, out: Path, extra: str) -> int:
+    """Fork a run; the child exits with 0 when it finished and with 130 when it was interrupted."""
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        run_recipe(use_case, name, out, extra=extra)
+        code = 0
+    except Interrupted as stopped:
+        code = stopped.exit_code
+    finally:
+        os._exit(code)
+
+
+def checked_step(out: Path) -> int | None:
+    """The step of the checkpoint as a resuming run would find it; raises when it is not whole."""
+    model = Path(os.environ["TINY_MODEL"])
+    trainer = Trainer(tiny_policy(model), Optim(lr=1.0), 1)
+    return trainer.step if trainer.load(out / "checkpoint") is not None else None
+
+
+def kill(use_case: Path, out: Path) -> dict[str, object]:
+    """Kill a run again and again at random moments until it gets through; check the checkpoint after every kill."""
+    dice = random.Random(0)
+    training_data(load_recipe(use_case / "sft.yaml"))  # what is imported on first use, imported once
+    Renderer(Path(os.environ["TINY_MODEL"]))
+    steps: list[int | None] = []
+    for _ in range(60):
+        child = start(use_case, "sft", out, LONG)
+        if len(steps) < 8:
+            time.sleep(dice.uniform(0.1, 0.4))
+            os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+        if os.WIFEXITED(status):
+            return {"exit": os.WEXITSTATUS(status), "steps": steps, "left": sorted(os.listdir(out))}
+        steps.append(checked_step(out))
+    return {"exit": None, "steps": steps}
+
+
+def interrupt(use_case: Path, out: Path) -> dict[str, object]:
+    """Press Ctrl-C once the run has logged three steps of its twelve, in the middle of a rollout's two updates."""
+    child = start(use_case, "grpo", out, "{checkpoint_every: 100}")
+    log = out / "metrics.jsonl"
+    until = time.monotonic() + 30
+    while not (log.exists() and log.read_bytes().count(b"\n") >= 3) and time.monotonic() < until:
+        time.sleep(0.005)
+    os.kill(child, signal.SIGINT)
+    _, status = os.waitpid(child, 0)
+    return {"exit": os.WEXITSTATUS(status), "step": checked_step(out), "logged": len(metrics(out))}
+
+
+if __name__ == "__main__":
+    action = {"kill": kill, "interrupt": interrupt}[sys.argv[1]]
+    print(json.dumps(action(Path(sys.argv[2]), Path(sys.argv[3]))))  # noqa: T201
