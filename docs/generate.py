@@ -107,8 +107,8 @@ def recipes_page() -> str:
     parts = [
         "# Recipes\n",
         "A recipe is a YAML file for `ascent train`; a stage of a use case overrides the same fields under `recipe:`.",
-        "`algorithm` names the row ([algorithms](algorithms.md)) and thereby the fields that are allowed. An unknown key",
-        "is an error that names the nearest valid one. Paths are relative to the recipe.\n",
+        "`algorithm` names the row ([algorithms](algorithms.md)) and thereby the fields that are allowed. An unknown",
+        "key is an error that names the nearest valid one. Paths are relative to the recipe.\n",
     ]
     for kind in (SftRecipe, DpoRecipe, OnlineRecipe, DataSpec, LoraSpec, OptimSpec):
         parts += [f"## {kind.__name__}\n", f"{kind.__doc__}\n", fields_table(kind)]
@@ -119,8 +119,8 @@ def algorithms_page() -> str:
     """The rows with their axes."""
     parts = [
         "# Algorithms\n",
-        "Every algorithm is a frozen row of choices; the trainer does not know which row it runs. A new one is one entry",
-        "in `ascent/customize/objectives/rows.py` and one identity test.\n",
+        "Every algorithm is a frozen row of choices; the trainer does not know which row it runs. A new one is one",
+        "entry in `ascent/customize/objectives/rows.py` and one identity test.\n",
         table(("row", "kind", "from"), [(f"`{row.name}`", row.kind, row.source) for row in ROWS.values()]),
     ]
     for kind in dict.fromkeys(type(row) for row in ROWS.values()):
@@ -152,7 +152,7 @@ def usecase_page() -> str:
     parts = [
         "# usecase.yaml\n",
         "A use case is a folder with this file, the user's own program and data. `ascent init DIR` writes one that",
-        "climbs at once. An unknown key is an error that names the nearest valid one; paths are relative to the folder.\n",
+        "climbs at once. An unknown key is an error that names the nearest valid one. Paths are relative to it.\n",
         table(("key", "type", "default", "meaning"), rows),
     ]
     sections = (
@@ -195,9 +195,9 @@ def priors_section() -> str:
         ),
     ]
     text = (
-        f"Keys of `priors:` ({', '.join(Priors.model_fields)}). The defaults are the table of: {SOURCE}. The first number "
-        "of a range is the gate's minimum; the bands are the article's claims, are shown beside the measured values and "
-        "decide nothing."
+        f"Keys of `priors:` ({', '.join(Priors.model_fields)}). The defaults are the table of: {SOURCE}. The first "
+        "number of a range is the gate's minimum. The bands are the article's claims; they are shown beside the "
+        "measured values and decide nothing."
     )
     return f"## Priors\n\n{text}\n\n" + table(("technique", "data", "claimed accuracy"), needs)
 

@@ -79,11 +79,29 @@ def target_log_softmax(hidden_MD: Tensor, weight_VD: Tensor, targets_M: Tensor, 
     """Return log-softmax [M, V] in fp32 in which each row's target logit was computed in fp32."""
     logits_MV = (hidden_MD @ weight_VD.T).float()
     if hidden_MD.dtype != torch.float32:
-        exact_M1 = (hidden_MD.float() * weight_VD[targets_M].float()).sum(-1, keepdim=True)
-        logits_MV.scatter_(1, targets_M[:, None], exact_M1)
+        logits_MV.scatter_(1, targets_M[:, None], _exact_logit(hidden_MD, weight_VD, targets_M)[:, None])
     if temperature != 1.0:
         logits_MV.div_(temperature)
     return torch.log_softmax(logits_MV, -1)
+
+
+def exact_logp(
+    hidden_MD: Tensor, weight_VD: Tensor, targets_M: Tensor, rounded_M: Tensor, lse_M: Tensor, temperature: float
+) -> Tensor:
+    """The same log-probs as `target_log_softmax` gives the targets, from logits that are already at hand.
+
+    Replaces the target's share of the normaliser: log(e^lse - e^rounded + e^exact), written around `lse_M`. Both
+    `rounded_M` and `lse_M` are those of the logits divided by the temperature.
+    """
+    if hidden_MD.dtype == torch.float32:
+        return rounded_M - lse_M
+    exact_M = _exact_logit(hidden_MD, weight_VD, targets_M) / temperature
+    share = (exact_M - lse_M).exp() - (rounded_M - lse_M).exp()
+    return exact_M - lse_M - torch.log1p(share.clamp(min=-1 + 1e-6))
+
+
+def _exact_logit(hidden_MD: Tensor, weight_VD: Tensor, targets_M: Tensor) -> Tensor:
+    return (hidden_MD.float() * weight_VD[targets_M].float()).sum(-1)
 
 
 def _chunks(count: int) -> list[slice]:

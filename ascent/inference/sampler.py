@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from ascent.inference.decoder import Cache, Decoder, Layer
 from ascent.inference.engine import Sampling
-from ascent.inference.head import target_log_softmax
+from ascent.inference.head import exact_logp
 
 DROP_FRACTION = 0.125  # compact the caches when this share of rows has ended: copying costs about one step
 
@@ -222,17 +222,18 @@ def draw(
     """
     logits_BV = (hidden_BD @ head_VD.T).float()
     if uniform_B is None:
-        tokens_B = logits_BV.argmax(-1)
-        temperature = 1.0
+        tokens_B, temperature = logits_BV.argmax(-1), 1.0
+        lse_B = logits_BV.logsumexp(-1)
     else:
-        p_BV = torch.softmax(logits_BV / temperature, -1)
+        lse_B = logits_BV.div_(temperature).logsumexp(-1)
+        p_BV = (logits_BV - lse_B[:, None]).exp_()
         if top_p < 1:
             p_BV = nucleus(p_BV, top_p)
         cumulative = p_BV.cumsum(-1)
         wanted = uniform_B[:, None] * cumulative[:, -1:]
         tokens_B = torch.searchsorted(cumulative, wanted, right=True).squeeze(1).clamp(max=p_BV.shape[1] - 1)
-    logp_BV = target_log_softmax(hidden_BD, head_VD, tokens_B, temperature)
-    return tokens_B, logp_BV.gather(1, tokens_B[:, None]).squeeze(1)
+    rounded_B = logits_BV.gather(1, tokens_B[:, None]).squeeze(1)
+    return tokens_B, exact_logp(hidden_BD, head_VD, tokens_B, rounded_B, lse_B, temperature)
 
 
 def nucleus(p_BV: Tensor, top_p: float) -> Tensor:

@@ -21,7 +21,7 @@ from ascent.ladder.measure import Candidate, engine_of, mark_tuned
 from ascent.ladder.runs import CLIMB, USECASE, ClimbRecord, StageRecord, read_climb, read_stage_report
 from ascent.ladder.stages import forecast, pairs_from_samples, recipe_of
 from ascent.ladder.usecase import StageSpec, UseCase
-from ascent.ladder.workspace import Workspace, open_workspace
+from ascent.ladder.workspace import Workspace, check_context, open_workspace
 from ascent.observe.progress import Progress
 from ascent.records import Decision, Preference, Report, RunCard, Verdict
 from ascent.records.errors import BadInput
@@ -75,6 +75,7 @@ def climb(
     for stage in workspace.usecase.stages:
         if stage.kind != "prompt":  # a bad override is found before anything runs
             recipe_of(workspace.usecase, stage, workspace.usecase.model, seed)
+    check_context(workspace, base_folder(workspace.usecase.model, progress))
     run_folder, record = _open_run(workspace, seed, resume)
     ascent = _Ascent(workspace, run_folder, record, progress, say)
     for stage in workspace.usecase.stages:
@@ -207,7 +208,8 @@ class _Ascent:
         train, labelled, reward = self.workspace.train, self.workspace.labelled, self.usecase.reward
         if train is None or labelled is None or reward is None:
             return None
-        known = [(t, d) for t, d in zip(labelled, train, strict=True) if t.expected][:VERIFIER_ITEMS]
+        shown_by_id = {shown.id: shown for shown in train}
+        known = [(t, shown_by_id[t.id]) for t in labelled if t.expected and t.id in shown_by_id][:VERIFIER_ITEMS]
         pairs, others = [], []
         for index, (task, shown) in enumerate(known):
             wrong = next((d for t, d in known[index + 1 :] + known[:index] if t.expected != task.expected), None)

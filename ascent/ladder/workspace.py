@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ascent.customize.data import (
     Demonstration,
     Loaded,
     check_leakage,
+    check_lengths,
+    dedupe,
     load_demonstrations,
     load_preferences,
     load_tasks,
@@ -18,8 +21,11 @@ from ascent.evaluate.graders import BUILTIN
 from ascent.evaluate.program import Program
 from ascent.ladder.evidence import Inventory
 from ascent.ladder.usecase import UseCase, load_usecase
-from ascent.records import DataSource, Preference, Task
+from ascent.records import DataSource, Message, Preference, Task
 from ascent.records.errors import BadInput
+
+if TYPE_CHECKING:
+    from ascent.inference.chat import Renderer
 
 
 @dataclass(frozen=True)
@@ -97,7 +103,7 @@ def open_workspace(folder: Path) -> Workspace:
         shots=shots,
         test_prompted=tasks_of(usecase, program, test, prompted=True, shots=shots),
         test_tuned=test_tuned,
-        train=load_demonstrations(train, program=program, system=system) if train else None,
+        train=_distinct(load_demonstrations(train, program=program, system=system)) if train else None,
         labelled=load_tasks(train, program=program, system=system) if train else None,
         prompts=load_tasks(prompts, program=program, system=system) if prompts else None,
         preferences=load_preferences(preferences, program=program, system=system) if preferences else None,
@@ -106,6 +112,36 @@ def open_workspace(folder: Path) -> Workspace:
         if data is not None:
             check_leakage(data, test_tuned)
     return workspace
+
+
+def _distinct(loaded: Loaded[Demonstration]) -> Loaded[Demonstration]:
+    """Drop repeated rows: the same question with the same answer teaches nothing twice."""
+    return replace(loaded, rows=dedupe(loaded).rows)
+
+
+def check_context(workspace: Workspace, model: Path) -> None:
+    """Refuse rows that, with their answer, exceed the context of the model in `model`.
+
+    Raises:
+        BadData: names the file and the line of each such row.
+    """
+    from ascent.inference.chat import Renderer
+    from ascent.inference.decoder import DecoderConfig
+
+    renderer, context = Renderer(model), DecoderConfig.from_folder(model).context
+    room = context - workspace.usecase.sampling.max_tokens
+    for tasks in (workspace.test_prompted, workspace.prompts):
+        if tasks is not None:
+            check_lengths(tasks, lambda task: len(renderer.prompt_ids(task.messages)), room)
+    if workspace.train is not None:
+        check_lengths(workspace.train, lambda row: len(renderer.render(row.messages).token_ids), context)
+    if workspace.preferences is not None:
+        check_lengths(workspace.preferences, lambda pair: _longer_side(pair, renderer), context)
+
+
+def _longer_side(pair: Preference, renderer: Renderer) -> int:
+    sides = ((*pair.messages, Message(role="assistant", content=text)) for text in (pair.chosen, pair.rejected))
+    return max(len(renderer.render(messages).token_ids) for messages in sides)
 
 
 def tasks_of(

@@ -16,6 +16,10 @@ from typing import Any
 
 from ascent.records.errors import Corrupt, NoSpace
 
+# Temporary files are private by default; what replaces a user's file has the permissions that the user's own would.
+_UMASK = os.umask(0)
+os.umask(_UMASK)
+
 
 def write_atomic(path: Path, data: bytes | str) -> None:
     """Replace `path` with `data` so that a reader sees the old bytes or the new ones, never a mixture.
@@ -30,6 +34,7 @@ def write_atomic(path: Path, data: bytes | str) -> None:
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
         with os.fdopen(handle, "wb") as file:
+            os.fchmod(file.fileno(), 0o666 & ~_UMASK)
             file.write(raw)
             file.flush()
             os.fsync(file.fileno())
@@ -55,6 +60,7 @@ def folder_atomic(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
     try:
+        scratch.chmod(0o777 & ~_UMASK)
         yield scratch
         for file in sorted(scratch.rglob("*")):
             if file.is_file():

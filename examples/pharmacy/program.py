@@ -6,9 +6,13 @@ file works. `needs_review` is a metric of its own. Numbers agree within 1 %, uni
 
 from __future__ import annotations
 
+import math
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
@@ -27,6 +31,24 @@ _COMPONENTS = (*_DOSE, "dose_unit", "route", "max_times_per_day", "as_needed", "
 _TOLERANCE = 0.01
 # Partial credit of `reward`: a well-formed answer, and all components but not all right.
 _FORMAT_CREDIT, _PARTIAL_CREDIT = 0.05, 0.35
+
+
+class EXPECTED(BaseModel):
+    """The labels a row may carry; each may be left out, and an unknown one is an error with its line."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    dose_min: float | None = None
+    dose_max: float | None = None
+    dose_unit: str | None = None
+    route: str | None = None
+    max_times_per_day: float | None = None
+    as_needed: bool | None = None
+    duration_days: float | None = None
+    stated_max_daily: float | str | None = None
+    needs_review: bool | None = None
+    review_reasons: list[str] | None = None
+    direction: str | None = None
 
 
 def prepare(input: dict[str, Any]) -> str:
@@ -61,7 +83,15 @@ def _right(key: str, output: dict[str, Any], expected: dict[str, Any]) -> bool:
         return str(got or "").strip().lower() == str(want or "").strip().lower()
     if got is None or want is None:
         return got is None and want is None
-    return abs(float(got) - float(want)) <= _TOLERANCE * abs(float(want)) + 1e-9
+    return abs(_number(got) - _number(want)) <= _TOLERANCE * abs(_number(want)) + 1e-9
+
+
+def _number(value: Any) -> float:
+    """Read a number, also one that a label writes with its unit ("100 mg")."""
+    if isinstance(value, int | float):
+        return float(value)
+    found = re.search(r"\d+(?:\.\d+)?", str(value))
+    return float(found.group()) if found else math.nan
 
 
 def _facts(task: Task, episode: Episode) -> tuple[dict[str, Any], dict[str, Any]]:

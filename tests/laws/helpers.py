@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -166,6 +166,10 @@ def letters(task, episode):
         return 0.5
     text = episode.text
     return sum(c.isascii() and c.isalpha() for c in text) / max(1, len(text))
+
+
+def vowels(task, episode):
+    return sum(c in "aeiou" for c in episode.text) / max(1, len(episode.text))
 '''
 COMMON = (
     "model: {model}\nprecision: fp32\ntoken_budget: 128\ncheckpoint_every: 4\nlora: {{rank: 4, alpha: 8}}\nseed: 3\n"
@@ -205,7 +209,15 @@ def write_use_case(folder: Path, model: Path) -> Path:
     return folder
 
 
-def run_recipe(use_case: Path, name: str, out: Path, *, stop_at: int | None = None, extra: str = "") -> RunCard:
+def run_recipe(
+    use_case: Path,
+    name: str,
+    out: Path,
+    *,
+    stop_at: int | None = None,
+    extra: str = "",
+    announce: Callable[[dict[str, object]], None] | None = None,
+) -> RunCard:
     """Train as `ascent train` does. `stop_at` breaks off, as a crash would, when that step was logged."""
     path = use_case / f"{name}{digest(extra)[:6]}.yaml"
     base = yaml.safe_load((use_case / f"{name}.yaml").read_text())
@@ -216,7 +228,7 @@ def run_recipe(use_case: Path, name: str, out: Path, *, stop_at: int | None = No
         if step == stop_at:
             raise Stopped
 
-    return train(recipe, Path(recipe.model), training_data(recipe), out, report=report)
+    return train(recipe, Path(recipe.model), training_data(recipe), out, report=report, announce=announce)
 
 
 class Stopped(Exception):

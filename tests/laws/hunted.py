@@ -1,4 +1,4 @@
-"""A process that forks training runs and kills or interrupts them: `python hunted.py kill|interrupt USE_CASE OUT`.
+"""A process that forks training runs, kills one and interrupts another: `python hunted.py USE_CASE MODEL OUT`.
 
 Forking after the imports makes an attempt cost tenths of a second instead of several. Prints one JSON object.
 """
@@ -37,18 +37,15 @@ def start(use_case: Path, name: str, out: Path, extra: str) -> int:
         os._exit(code)
 
 
-def checked_step(out: Path) -> int | None:
+def checked_step(model: Path, out: Path) -> int | None:
     """The step of the checkpoint as a resuming run would find it; raises when it is not whole."""
-    model = Path(os.environ["TINY_MODEL"])
     trainer = Trainer(tiny_policy(model), Optim(lr=1.0), 1)
     return trainer.step if trainer.load(out / "checkpoint") is not None else None
 
 
-def kill(use_case: Path, out: Path) -> dict[str, object]:
+def kill(use_case: Path, model: Path, out: Path) -> dict[str, object]:
     """Kill a run again and again at random moments until it gets through; check the checkpoint after every kill."""
     dice = random.Random(0)
-    training_data(load_recipe(use_case / "sft.yaml"))  # what is imported on first use, imported once
-    Renderer(Path(os.environ["TINY_MODEL"]))
     steps: list[int | None] = []
     for _ in range(60):
         child = start(use_case, "sft", out, LONG)
@@ -57,12 +54,12 @@ def kill(use_case: Path, out: Path) -> dict[str, object]:
             os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         if os.WIFEXITED(status):
-            return {"exit": os.WEXITSTATUS(status), "steps": steps, "left": sorted(os.listdir(out))}
-        steps.append(checked_step(out))
+            return {"exit": os.WEXITSTATUS(status), "steps": steps}
+        steps.append(checked_step(model, out))
     return {"exit": None, "steps": steps}
 
 
-def interrupt(use_case: Path, out: Path) -> dict[str, object]:
+def interrupt(use_case: Path, model: Path, out: Path) -> dict[str, object]:
     """Press Ctrl-C once the run has logged three steps of its twelve, in the middle of a rollout's two updates."""
     child = start(use_case, "grpo", out, "{checkpoint_every: 100}")
     log = out / "metrics.jsonl"
@@ -71,9 +68,12 @@ def interrupt(use_case: Path, out: Path) -> dict[str, object]:
         time.sleep(0.005)
     os.kill(child, signal.SIGINT)
     _, status = os.waitpid(child, 0)
-    return {"exit": os.WEXITSTATUS(status), "step": checked_step(out), "logged": len(metrics(out))}
+    return {"exit": os.WEXITSTATUS(status), "step": checked_step(model, out), "logged": len(metrics(out))}
 
 
 if __name__ == "__main__":
-    action = {"kill": kill, "interrupt": interrupt}[sys.argv[1]]
-    print(json.dumps(action(Path(sys.argv[2]), Path(sys.argv[3]))))  # noqa: T201
+    use_case, model, out = map(Path, sys.argv[1:])
+    training_data(load_recipe(use_case / "sft.yaml"))  # what is imported on first use, imported once
+    Renderer(model)
+    found = {"kill": kill(use_case, model, out / "kill"), "interrupt": interrupt(use_case, model, out / "interrupt")}
+    print(json.dumps(found))  # noqa: T201

@@ -56,20 +56,26 @@ def test_stopping_and_resuming_equals_not_stopping(name: str, extra: str, use_ca
     assert cards[0].final
 
 
-def hunted(action: str, use_case: Path, tiny_model: Path, out: Path) -> dict:
-    """Run `hunted.py` in a process of its own."""
-    tests = Path(__file__).parents[1]
-    environment = os.environ | {"PYTHONPATH": str(tests), "TINY_MODEL": str(tiny_model), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(tests / "laws" / "hunted.py"), action, str(use_case), str(out)]
+def child_environment(tests: Path) -> dict[str, str]:
+    """The environment in which a child process finds what this one imports."""
+    paths = os.pathsep.join([str(tests), *filter(None, sys.path)])
+    return os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def hunt(use_case: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
+    """What `hunted.py` found, with the folder of its runs."""
+    tests, out = Path(__file__).parents[1], tmp_path_factory.mktemp("hunt")
+    environment = child_environment(tests)
+    command = [sys.executable, str(tests / "laws" / "hunted.py"), str(use_case), str(tiny_model), str(out)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(done.stdout.splitlines()[-1]) | {"out": out}
 
 
-def test_a_run_killed_at_any_moment_ends_as_if_it_never_was(use_case: Path, tiny_model: Path, tmp_path: Path) -> None:
+def test_a_run_killed_at_any_moment_ends_as_if_it_never_was(hunt: dict, use_case: Path, tmp_path: Path) -> None:
     """SIGKILL at random moments; every checkpoint found is whole, and the end has the bits of an undisturbed run."""
-    killed, straight = tmp_path / "killed", tmp_path / "straight"
-    found = hunted("kill", use_case, tiny_model, killed)
+    killed, straight, found = hunt["out"] / "kill", tmp_path / "straight", hunt["kill"]
     assert found["exit"] == 0
     assert len(found["steps"]) >= 6
     reached = [step or 0 for step in found["steps"]]
@@ -82,9 +88,8 @@ def test_a_run_killed_at_any_moment_ends_as_if_it_never_was(use_case: Path, tiny
     assert sorted(os.listdir(killed)) == sorted(os.listdir(straight)), "kills may leave nothing behind"
 
 
-def test_ctrl_c_finishes_the_rollout_and_writes_a_checkpoint(use_case: Path, tiny_model: Path, tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    found = hunted("interrupt", use_case, tiny_model, out)
+def test_ctrl_c_finishes_the_rollout_and_writes_a_checkpoint(hunt: dict, use_case: Path, tmp_path: Path) -> None:
+    out, found = hunt["out"] / "interrupt", hunt["interrupt"]
     assert found["exit"] == 130
     assert found["step"] == found["logged"]
     assert 4 <= found["step"] < 12
@@ -193,18 +198,17 @@ print(json.dumps({"raised": raised, "same": before == after, "left": left, "step
 """
 
 
-@pytest.mark.parametrize("room", [8192, 40960])
-def test_a_full_disk_leaves_the_old_checkpoint(use_case: Path, tmp_path: Path, room: int) -> None:
-    """A real file system of 2 MB, filled up but for `room` bytes, in a mount namespace of its own."""
+def test_a_full_disk_leaves_the_old_checkpoint(use_case: Path, tmp_path: Path) -> None:
+    """A real file system of 2 MB, filled up but for ten pages, in a mount namespace of its own."""
     disk = tmp_path / "disk"
     disk.mkdir()
     unshare = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
     mount = f"mount -t tmpfs -o size=2m tmpfs {disk}"
     if not shutil.which("unshare") or subprocess.run([*unshare, mount], capture_output=True).returncode:
         pytest.skip("this machine allows no mount namespaces, so no small disk can be made")
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    environment = child_environment(Path(__file__).parents[1])
     run = '"$0" -c "$1" "$2" "$3" "$4"'
-    command = [*unshare, f"{mount} && {run}", sys.executable, FILL, str(use_case), str(disk / "run"), str(room)]
+    command = [*unshare, f"{mount} && {run}", sys.executable, FILL, str(use_case), str(disk / "run"), "40960"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])

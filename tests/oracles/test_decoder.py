@@ -14,7 +14,7 @@ from ascent.inference import lora
 from ascent.inference.decoder import Decoder, load_decoder
 from ascent.inference.engine import Sampling
 from ascent.inference.head import logp_and_entropy
-from ascent.inference.sampler import Ending, sample_rows
+from ascent.inference.sampler import Ending, draw, sample_rows
 
 SIZES = {
     "vocab_size": 211,
@@ -199,6 +199,16 @@ def test_bf16_head_loses_less_than_plain_rounding() -> None:
     ours, _ = logp_and_entropy(hidden, weight, targets)
     assert (ours - exact).abs().max() < 5e-3
     assert (ours - exact).abs().mean() * 3 < (plain - exact).abs().mean()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6, 1.7])
+def test_sampler_and_trainer_agree_on_bf16_log_probs(temperature: float) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(300, 64).bfloat16()
+    hidden = (torch.randn(200, 64) * torch.linspace(0.05, 1.5, 200)[:, None]).bfloat16()
+    tokens, drawn = draw(hidden, weight, temperature, 1.0, torch.rand(200))
+    scored, _ = logp_and_entropy(hidden, weight, tokens, temperature=temperature)
+    torch.testing.assert_close(drawn, scored, atol=2e-4, rtol=1e-4)
 
 
 def test_samples_follow_the_distribution_and_ignore_the_batch(pair) -> None:

@@ -77,6 +77,13 @@ def test_graders_on_right_and_wrong_answers(folder: Path) -> None:
     assert grades('{"queue": "billing"}', {"queue": "billing"}) == [True, True, None, None, 1.0]
 
 
+def test_others_may_read_it_as_far_as_the_umask_lets_them(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "plain.txt").touch()
+    assert folder.stat().st_mode == (tmp_path / "plain").stat().st_mode
+    assert (folder / "usecase.yaml").stat().st_mode == (tmp_path / "plain.txt").stat().st_mode
+
+
 def test_nothing_is_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "mine.txt").write_text("mine")
     assert run(["init", str(tmp_path)]) == 2

@@ -93,6 +93,8 @@ def test_version_is_the_package_version(capsys: pytest.CaptureFixture[str]) -> N
 def test_the_installed_script_returns_the_code(tmp_path: Path) -> None:
     script = Path(sys.executable).parent / "ascent"
     environment = {**os.environ, "ASCENT_HOME": str(tmp_path)}
-    done = subprocess.run([script, "models", "show", "nothing"], env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [script, "models", "show", "nothing"], env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 2
     assert done.stderr.startswith("ascent: unknown model 'nothing'")

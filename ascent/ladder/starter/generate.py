@@ -242,9 +242,10 @@ def _rows(
         urgency = urgencies[len(rows) // len(queues) % len(urgencies)]
         problem = rng.choice(problems[queue])
         message = _message(rng, problem, rng.choice(signs[urgency]), rng.choice(wordings))
-        if message in seen:
+        letters = "".join(letter for letter in message.casefold() if letter.isalpha())
+        if letters in seen:  # case, punctuation and order numbers do not make another example
             continue
-        seen.add(message)
+        seen.add(letters)
         expected = {"queue": queue, "urgency": urgency}
         rows.append(
             {
