@@ -17,13 +17,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from sigs.catalogue import Product, products
 from sigs.grounding import is_grounded
+from sigs.lexicon import ROUTE_PATTERNS, read_route
 from sigs.noise import add_noise
 from sigs.normalise import normalise
 from sigs.scenes import Scene, simple
 from sigs.scenes_rare import RARE
 from sigs.slots import write_slots
 
-SIZES = {"train": 2600, "validation": 200, "test": 400, "prompts": 400}
+SIZES = {"train": 2600, "validation": 200, "test": 600, "prompts": 400}
 _SHARES = {"train": 0.58, "validation": 0.10, "test": 0.20, "prompts": 0.12}
 _RARE_SHARE = 0.17
 _KIND_WEIGHT = {"tablet": 10.0, "capsule": 7.0}
@@ -140,7 +141,7 @@ def _as_row(sig: str, scene: Scene, product: Product) -> Row | None:
         return None
     values: list[tuple[str, str]] = []
     for label, slot in scene.slots():
-        value = slot if label == "route" or slot == "yes" else normalise(slot)
+        value = _route_words(slot, text) if label == "route" else slot if slot == "yes" else normalise(slot)
         if not value or not is_grounded(label, value, text):
             return None
         if label == "prn" and value != "yes" and not is_grounded("dose", value, text):
@@ -148,6 +149,12 @@ def _as_row(sig: str, scene: Scene, product: Product) -> Row | None:
         values.append((label, value))
     values = _pair(values)
     return Row(sig, text, write_slots(values), scene.truth(), scene.given, product.drug, frozenset(scene.families))
+
+
+def _route_words(route: str, text: str) -> str:
+    """Return the words of the text that tell the route, as a reader would copy them."""
+    hit = ROUTE_PATTERNS[route].search(text)
+    return hit.group() if hit and read_route(hit.group()) == route else ""
 
 
 def _pair(values: list[tuple[str, str]]) -> list[tuple[str, str]]:

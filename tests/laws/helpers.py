@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import signal
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -215,10 +217,14 @@ def run_recipe(
     out: Path,
     *,
     stop_at: int | None = None,
+    interrupt_at: int | None = None,
     extra: str = "",
     announce: Callable[[dict[str, object]], None] | None = None,
 ) -> RunCard:
-    """Train as `ascent train` does. `stop_at` breaks off, as a crash would, when that step was logged."""
+    """Train as `ascent train` does.
+
+    When that step was logged, `stop_at` breaks off as a crash would, and `interrupt_at` presses Ctrl-C.
+    """
     path = use_case / f"{name}{digest(extra)[:6]}.yaml"
     base = yaml.safe_load((use_case / f"{name}.yaml").read_text())
     path.write_text(yaml.safe_dump(base | (yaml.safe_load(extra) or {})))
@@ -227,6 +233,8 @@ def run_recipe(
     def report(step: int, total: int, numbers: dict[str, float]) -> None:
         if step == stop_at:
             raise Stopped
+        if step == interrupt_at:
+            os.kill(os.getpid(), signal.SIGINT)
 
     return train(recipe, Path(recipe.model), training_data(recipe), out, report=report, announce=announce)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ from ascent.customize.objectives.rows import ROWS
 from ascent.customize.policy import Policy
 from ascent.customize.trainer import Optim, Trainer
 from ascent.inference.lora import ALL_LINEAR, LoraConfig
-from ascent.records.errors import BadInput, Corrupt
+from ascent.records.errors import BadInput, Corrupt, Interrupted
 
 FULL = "{lora: null, precision: bf16}"
 
@@ -99,6 +100,17 @@ def test_ctrl_c_finishes_the_rollout_and_writes_a_checkpoint(hunt: dict, use_cas
     run_recipe(use_case, "grpo", straight, extra="{checkpoint_every: 100}")
     assert metrics(out) == metrics(straight)
     assert model_files(out) == model_files(straight)
+
+
+@pytest.mark.parametrize(("pressed", "saved"), [(3, 4), (4, 4)])
+def test_ctrl_c_between_two_updates_of_a_rollout_waits_for_the_second(
+    use_case: Path, tmp_path: Path, pressed: int, saved: int
+) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(Interrupted, match=f"stopped after step {saved} of 12.*--resume"):
+        run_recipe(use_case, "grpo", tmp_path, interrupt_at=pressed, extra="{checkpoint_every: 100}")
+    assert signal.getsignal(signal.SIGINT) is before
+    assert stored(tmp_path)[1]["step"] == len(metrics(tmp_path)) == saved
 
 
 @pytest.fixture

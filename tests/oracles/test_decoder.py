@@ -10,7 +10,7 @@ from peft import LoraConfig as PeftConfig
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
-from ascent.inference import lora
+from ascent.inference import decoder, lora
 from ascent.inference.decoder import Decoder, load_decoder
 from ascent.inference.engine import Sampling
 from ascent.inference.head import logp_and_entropy
@@ -84,6 +84,14 @@ def test_packed_log_probs_equal_transformers(pair) -> None:
     theirs, ours, _ = pair
     for sequence, logp in zip(SEQUENCES, packed_logp(ours, SEQUENCES), strict=True):
         torch.testing.assert_close(logp, reference_logp(theirs, sequence), atol=2e-5, rtol=1e-5)
+
+
+def test_short_and_long_attention_agree(pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, ours, _ = pair
+    plain = packed_logp(ours, SEQUENCES)
+    monkeypatch.setattr(decoder, "SHORT", 0)
+    for ours_logp, flash_logp in zip(plain, packed_logp(ours, SEQUENCES), strict=True):
+        torch.testing.assert_close(ours_logp, flash_logp, atol=2e-5, rtol=1e-5)
 
 
 def test_no_sequence_sees_another(pair) -> None:

@@ -99,6 +99,31 @@ def test_dead_groups_are_replaced_by_dapo_and_kept_by_grpo(use_case: Path, tmp_p
         assert round(drawn * share) == 3, "every step trains on three groups with spread"
 
 
+def test_sampler_reference_and_trainer_speak_of_the_same_temperature(use_case: Path, tmp_path: Path) -> None:
+    run_recipe(use_case, "grpo", tmp_path, extra="{temperature: 0.6, minibatches: 1}")
+    rows = metrics(tmp_path)
+    assert max(abs(row["mismatch_kl"]) for row in rows) < 1e-6
+    assert abs(rows[0]["kl"]) < 1e-6, "before the first update the policy is its reference"
+    assert rows[-1]["kl"] > 1e-4
+
+
+def test_prompts_come_in_epochs(use_case: Path, tmp_path: Path) -> None:
+    seen, program = tmp_path / "seen", tmp_path / "noting.py"
+    note = f"""
+
+def noting(task, episode):
+    with open({str(seen)!r}, "a") as file:
+        print(task.id, file=file)
+    return letters(task, episode)
+"""
+    program.write_text(PROGRAM + note)
+    run_recipe(use_case, "grpo", tmp_path / "run", extra=f"{{program: {program}, reward: noting, minibatches: 1}}")
+    drawn = seen.read_text().split()[::4]  # four samples of each
+    assert len(drawn) == 12 * 3
+    assert len(set(drawn[:16])) == len(set(drawn[16:32])) == 16
+    assert drawn[:16] != drawn[16:32]
+
+
 def test_a_reward_without_spread_ends_the_run_early(use_case: Path, tmp_path: Path) -> None:
     program = tmp_path / "flat.py"
     program.write_text(PROGRAM.replace('in "aeiou"', 'in ""'))

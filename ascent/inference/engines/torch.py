@@ -16,7 +16,7 @@ from ascent.inference.sampler import Ending, Row, sample_rows
 from ascent.records import FinishReason
 from ascent.records.errors import BadInput
 
-ROWS_IN_FLIGHT = 64
+ROWS_IN_FLIGHT = 128
 
 
 class TorchEngine:

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict
 
 from .frequency import read_frequency
 from .grounding import PRN_EVIDENCE, is_grounded
-from .lexicon import ROUTE_PATTERNS
+from .lexicon import ROUTE_PATTERNS, read_route
 from .quantities import Amount, read_dose, read_duration, read_maximum
 from .slots import Slots, parse_slots
 
@@ -121,7 +121,7 @@ def _dose_and_frequency(slots: Slots, result: Assembly) -> None:
 
 
 def _route(slots: Slots, text: str, result: Assembly) -> None:
-    routes = slots.all("route")
+    routes = list(dict.fromkeys(route for value in slots.all("route") if (route := read_route(value))))
     if not routes:
         return
     route = routes[0]

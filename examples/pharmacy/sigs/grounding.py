@@ -6,7 +6,7 @@ from __future__ import annotations
 import difflib
 import re
 
-from .lexicon import ROUTE_PATTERNS
+from .lexicon import ROUTE_PATTERNS, read_route
 
 _TOKEN = re.compile(r"\d+(?:\.\d+)?(?:/\d+)?|[a-z][a-z'-]*")
 _FREE = frozenset(
@@ -36,9 +36,12 @@ def stem(token: str) -> str:
 
 def is_grounded(label: str, value: str, text: str) -> bool:
     """Say whether a slot value is supported by the normalised text."""
-    if label == "route":
-        return value in ROUTE_PATTERNS and bool(ROUTE_PATTERNS[value].search(text))
     present = tokens(text)
+    if label == "route":
+        route = read_route(value)
+        if value in ROUTE_PATTERNS and not tokens(value) <= present:
+            return bool(ROUTE_PATTERNS[value].search(text))
+        return route is not None and all(_supported(token, present) for token in map(stem, _TOKEN.findall(value)))
     if label == "prn":
         return bool(PRN_EVIDENCE.search(text))
     return all(_supported(token, present) for token in map(stem, _TOKEN.findall(value.lower())))

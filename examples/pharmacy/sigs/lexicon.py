@@ -55,6 +55,16 @@ ROUTE_EVIDENCE: dict[str, str] = {
 ROUTES = tuple(ROUTE_EVIDENCE)
 ROUTE_PATTERNS = {route: re.compile(pattern) for route, pattern in ROUTE_EVIDENCE.items()}
 
+
+def read_route(words: str) -> str | None:
+    """Return the route that copied words such as `by mouth`, `eye` or `apply` tell; its own name counts too."""
+    if words in ROUTE_PATTERNS:
+        return words
+    # Of several the most specific word wins: "apply under the skin" is subcutaneous, "inhale by mouth" inhalation.
+    found = [route for route, pattern in ROUTE_PATTERNS.items() if pattern.search(words)]
+    specific = [route for route in found if route not in {"oral", "topical"}]
+    return (specific or found or [None])[0]
+
 # Phrases that send the reader to another text.
 ELSEWHERE = re.compile(
     r"\bas (?:directed|instructed|prescribed|discussed|advised|told|explained|ordered|written|indicated|per)\b|\bdirected (?:by|per|on)\b|"

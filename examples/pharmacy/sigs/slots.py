@@ -1,6 +1,6 @@
 """The model's language: labelled slots whose words are copied from the normalised text.
 
-    dose: 1 to 2 tablets; route: oral; when: every 4 to 6 hours; prn: pain; for: 10 days; max: 8 tablets per day
+    dose: 1 to 2 tablets; route: by mouth; when: every 4 to 6 hours; prn: pain; for: 10 days; max: 8 tablets per day
 
 Only stated slots are written, in this order; `none` says that the text states nothing. `dose` and `when` may come
 twice when the text gives different amounts at different times; each later step of a sequence is one `then`.
