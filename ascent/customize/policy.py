@@ -44,8 +44,11 @@ class Policy:
     def load(cls, folder: Path, precision: str, adapter: lora.LoraConfig | None, seed: int = 0) -> Policy:
         """Load the start model. With `adapter=None` a second, frozen copy is kept as the reference."""
         dtype = DTYPES[precision]
-        frozen = None if adapter is not None else load_decoder(folder, dtype)
-        return cls(load_decoder(folder, dtype), adapter=adapter, seed=seed, frozen=frozen)
+        if adapter is not None:
+            return cls(load_decoder(folder, dtype), adapter=adapter, seed=seed)
+        decoder = load_decoder(folder, torch.float32)  # what trains keeps all bits of the start model
+        decoder.dtype = dtype
+        return cls(decoder, adapter=None, frozen=load_decoder(folder, dtype))
 
     def score(self, batch: TokenBatch, *, temperature: float = 1.0, entropy: bool = True) -> tuple[Tensor, Tensor]:
         """Return (logp_M, entropy_M) in fp32 of the batch's target tokens under the current policy."""

@@ -123,6 +123,8 @@ def train(
             token_budget=recipe.token_budget,
             seed=recipe.seed,
         )
+    if announce and "ended" in run.state:
+        announce({"ended early": run.state["ended"]})
     save_model(trainer.policy, start, folder / "model", recipe.model)
     card = _card(recipe, data.sources, run, trainer)
     write_atomic(finished, card.to_json(indent=1))

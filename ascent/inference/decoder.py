@@ -119,31 +119,39 @@ class Cache:
         self.used_B = self.used_B.index_select(0, rows)
 
 
+def rounded_up(size: int, step: int) -> int:
+    """The next multiple of `step`: matrix products are compiled per shape, so few shapes must serve all batches."""
+    return -(-size // step) * step
+
+
 class Packing:
-    """Where each token of end-to-end laid sequences stands: positions, and its place in a padded [N, L] view."""
+    """Where each token of end-to-end laid sequences stands: positions, and its place in a padded [N, L] view.
+
+    `spare` dummy tokens at the end round the token count up; they pass through the matrix products and nothing else.
+    """
 
     def __init__(self, lengths: Sequence[int], device: torch.device | None = None) -> None:
         self.lengths = list(lengths)
-        self.rows, self.longest = len(self.lengths), max(self.lengths)
+        self.rows, self.longest = len(self.lengths), rounded_up(max(self.lengths), 16)
         sizes = torch.tensor(self.lengths)
         starts = torch.cumsum(sizes, 0) - sizes
         row_T = torch.repeat_interleave(torch.arange(self.rows), sizes)
-        self.positions_T = (torch.arange(int(sizes.sum())) - starts[row_T]).to(device)
+        self.tokens = int(sizes.sum())
+        self.spare = rounded_up(self.tokens, 64) - self.tokens
+        self.positions_T = (torch.arange(self.tokens) - starts[row_T]).to(device)
         self.flat_T = row_T.to(device) * self.longest + self.positions_T
 
     def pad(self, x_THE: Tensor) -> Tensor:
         """[T, H, E] → [N, H, L, E] with zeros on the right."""
         heads, size = x_THE.shape[1:]
-        if self.rows * self.longest == x_THE.shape[0]:
-            padded = x_THE
-        else:
-            padded = x_THE.new_zeros(self.rows * self.longest, heads, size).index_copy(0, self.flat_T, x_THE)
+        empty = x_THE.new_zeros(self.rows * self.longest, heads, size)
+        padded = empty.index_copy(0, self.flat_T, x_THE[: self.tokens])
         return padded.view(self.rows, self.longest, heads, size).transpose(1, 2)
 
     def unpad(self, x_NHLE: Tensor) -> Tensor:
         """[N, H, L, E] → [T, H*E]."""
         flat = x_NHLE.transpose(1, 2).reshape(self.rows * self.longest, -1)
-        return flat if flat.shape[0] == self.flat_T.shape[0] else flat.index_select(0, self.flat_T)
+        return F.pad(flat.index_select(0, self.flat_T), (0, 0, 0, self.spare))
 
 
 class Norm(nn.Module):
@@ -270,13 +278,13 @@ class Decoder(nn.Module):
     def hidden_packed(self, tokens_T: Tensor, lengths: Sequence[int]) -> Tensor:
         """Return the final hidden states [T, D] of sequences laid end to end; no sequence sees another."""
         packing = Packing(lengths, tokens_T.device)
-        rope = self.rope(packing.positions_T)
-        x = self.embed(tokens_T)
+        rope = self.rope(F.pad(packing.positions_T, (0, packing.spare)))
+        x = self.embed(F.pad(tokens_T, (0, packing.spare)))
         for layer in self.blocks:
             q, k, v = layer.project(x, rope)
             attended = causal_attention(packing.pad(q), packing.pad(k), packing.pad(v))
             x = layer.mlp(x + layer.out(packing.unpad(attended)))
-        final: Tensor = self.norm(x)
+        final: Tensor = self.norm(x[: packing.tokens])
         return final
 
     def save(self, folder: Path) -> None:

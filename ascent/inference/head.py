@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 CHUNK = 128  # rows: 128 × 49,152 fp32 logits are 25 MB, about one L3 cache
 
@@ -71,8 +72,10 @@ def logp_and_entropy(
     The trainer must pass the sampling temperature, or its ratios to the sampler are wrong from the first token.
     With `entropy=False` the second result is zeros and costs nothing.
     """
-    out: tuple[Tensor, Tensor] = _LogpEntropy.apply(hidden_MD, weight_VD, targets_M, temperature, entropy)  # type: ignore[no-untyped-call]
-    return out
+    spare = -len(targets_M) % 32  # matrix products are compiled per shape: few shapes serve all batches
+    hidden, targets = F.pad(hidden_MD, (0, 0, 0, spare)), F.pad(targets_M, (0, spare))
+    logp, ent = _LogpEntropy.apply(hidden, weight_VD, targets, temperature, entropy)  # type: ignore[no-untyped-call]
+    return logp[: len(targets_M)], ent[: len(targets_M)]
 
 
 def target_log_softmax(hidden_MD: Tensor, weight_VD: Tensor, targets_M: Tensor, temperature: float) -> Tensor:

@@ -141,8 +141,11 @@ class Result:
     gradient: Tensor
 
     def assert_close(self, other: Result, relative: float = 1e-5) -> None:
-        """Compare loss and gradient; the gradient by the length of the difference."""
-        assert abs(self.loss - other.loss) <= relative * max(abs(other.loss), 1e-3), (self.loss, other.loss)
+        """Compare loss and gradient; the gradient by the length of the difference.
+
+        An online loss is a small rest of terms that cancel, so its error is measured against their size, at least 0.1.
+        """
+        assert abs(self.loss - other.loss) <= relative * max(abs(other.loss), 0.1), (self.loss, other.loss)
         gap = (self.gradient - other.gradient).norm() / other.gradient.norm()
         assert gap <= relative, f"gradients differ by {gap:.2e}"
 

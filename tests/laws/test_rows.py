@@ -16,6 +16,7 @@ from laws.helpers import (
     random_sequence,
     tiny_policy,
 )
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
 from ascent.customize.batch import TrainSequence, collate, micro_batches
 from ascent.customize.loops.online import require_current
@@ -154,7 +155,8 @@ def test_full_training_keeps_the_start_model_as_reference(precision: str, tiny_m
     dice = random.Random(0)
     batch = collate([random_sequence(dice) for _ in range(5)])
     policy = tiny_policy(tiny_model, full=True, precision=precision)
-    assert all(p.dtype == torch.float32 for p in policy.parameters)
+    start = load_decoder(tiny_model).parameters()
+    assert all(torch.equal(a, b) for a, b in zip(policy.parameters, start, strict=True)), "no bit was rounded away"
     before = policy.reference(batch)
     assert torch.equal(policy.score(batch)[0].detach(), before)
     with torch.no_grad():
@@ -220,6 +222,45 @@ def test_a_stale_sampler_is_refused(full: bool, precision: str, tiny_model: Path
         last.weight[0, 0] += 1  # the hash says current, the weights do not
     with pytest.raises(AscentError, match="synchronise"):
         require_current(engine, trainer)
+
+
+WIDTHS = {
+    "vocab_size": 61,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+FAMILIES = {
+    "llama with bias": LlamaConfig(**WIDTHS, attention_bias=True),
+    "qwen2": Qwen2Config(**WIDTHS, tie_word_embeddings=False),
+    "qwen3": Qwen3Config(**WIDTHS, head_dim=6),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_synchronising_copies_every_weight_of_every_family(family: str, tiny_model: Path, tmp_path: Path) -> None:
+    AutoModelForCausalLM.from_config(FAMILIES[family]).save_pretrained(tmp_path)
+    policy = tiny_policy(tmp_path, full=True, moved=0.1)
+    engine = TorchEngine(load_decoder(tmp_path), Renderer(tiny_model), family)
+    engine.synchronise(policy.decoder)
+    ours = dict(engine.decoder.named_parameters())
+    for name, trained in policy.decoder.named_parameters():
+        assert torch.equal(ours[name], trained), name
+
+
+def test_an_update_without_finite_gradient_changes_nothing(tiny_model: Path) -> None:
+    policy = tiny_policy(tiny_model, moved=0.05)
+    trainer = Trainer(policy, Optim(lr=1.0), 5)
+    before = [parameter.detach().clone() for parameter in policy.parameters]
+    seq = random_sequence(random.Random(0))
+    seq.ce_weight = float("inf")
+    numbers = trainer.update([collate([seq])], objective(ROWS["sft"]))
+    assert not torch.isfinite(torch.tensor(numbers["grad_norm"]))
+    assert all(torch.equal(a, b) for a, b in zip(before, policy.parameters, strict=True))
+    assert trainer.update([], objective(ROWS["sft"]))["grad_norm"] == 0, "a step without sequences is no error"
+    assert all(torch.equal(a, b) for a, b in zip(before, policy.parameters, strict=True))
 
 
 def test_an_update_steps_once_for_any_number_of_micro_batches(tiny_model: Path) -> None:

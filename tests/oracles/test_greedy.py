@@ -71,7 +71,7 @@ def compare(theirs, engine: TorchEngine, questions: list[str], tokens: int, in_f
             with torch.no_grad():
                 logp = theirs(ids).logits[0, len(done.prompt_ids) - 1 : -1].log_softmax(-1)
             scored = logp.gather(1, torch.tensor(done.token_ids)[:, None]).squeeze(1)
-            torch.testing.assert_close(torch.tensor(done.logps), scored, atol=2e-3, rtol=1e-4)
+            torch.testing.assert_close(torch.tensor(done.logps), scored, atol=2e-4, rtol=1e-4)
 
 
 def test_two_short_answers_equal_generate(theirs, engine: TorchEngine) -> None:

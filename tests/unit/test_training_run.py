@@ -128,8 +128,10 @@ def test_a_reward_without_spread_ends_the_run_early(use_case: Path, tmp_path: Pa
     program = tmp_path / "flat.py"
     program.write_text(PROGRAM.replace('in "aeiou"', 'in ""'))
     extra = f"{{program: {program}, reward: vowels, minibatches: 1}}"
-    card = run_recipe(use_case, "dapo", tmp_path / "run", extra=extra)
+    said: list[dict] = []
+    card = run_recipe(use_case, "dapo", tmp_path / "run", extra=extra, announce=said.append)
     assert card.steps == 3
+    assert "no informative group" in said[-1]["ended early"]
     assert [row["reward"] for row in metrics(tmp_path / "run")] == [0.0] * 3
     assert all(row["loss"] == 0 for row in metrics(tmp_path / "run"))
 

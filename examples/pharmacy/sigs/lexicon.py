@@ -40,7 +40,7 @@ ROUTE_EVIDENCE: dict[str, str] = {
     "oral": r"by mouth|\boral(?:ly)?\b|\bswallow(?:ed)?\b(?<!not swallow)|in(?:to)? (?:the )?mouth|\bmouth\b|\bswish\b|\bgargle\b|\bchew(?:ed)? (?:\d|1|and swallow)|\bdrink\b|\beat\b|feeding tube|g tube",
     "sublingual": r"under (?:the |your )?tongue|sublingual(?:ly)?|beneath (?:the |your )?tongue",
     "buccal": r"\bbuccal(?:ly)?\b|(?:inside|between|inner|against|in)\b[^.]{0,20}\bcheeks?\b|\bcheek\b",
-    "inhalation": r"\binhal\w*|\bnebuli\w*|\bnebs?\b|\bpuffs?\b|\bbreathe in\b|\bin(?:to)? (?:the )?lungs?\b|\bactuations?\b|\bnebules?\b",
+    "inhalation": r"\binhal\w*|\bnebuli\w*|\bnebs?\b|\bpuffs?\b|\bbreathe\b|\bin(?:to)? (?:the )?lungs?\b|\bactuations?\b|\bnebules?\b",
     "nasal": r"\bnostrils?\b|\bnose\b|\bnasal(?:ly)?\b|\bnares?\b|\bintranasal(?:ly)?\b|\bsinus\b",
     "ophthalmic": r"\beyes?\b|\beyelids?\b|\bophthalmic(?:ally)?\b|\bconjunctival\b|\blash(?:es)?\b",
     "otic": r"\bears?\b|\botic(?:ally)?\b|\bear canal\b",

@@ -115,7 +115,8 @@ _WORDS = _rules(
         (r"\bsl\b", "under the tongue"), (r"\bim\b", "intramuscularly"), (r"(?<!\w)iv\b", "intravenously"), (r"\bsub ?q\b|\bsub ?cut\b|\bsq\b|\bsc\b", "subcutaneously"), (r"\bpr\b", "rectally"), (r"\bpv\b", "vaginally"),
         (r"\bung\b|\boint\b", "ointment"), (r"\btop\b(?! of)", "topically"), (r"\baa\b", "affected area"), (r"\bau\b", "both ears"), (r"\bpt\b", "patient"), (r"\binj\b", "inject"), (r"\bsusp\b", "suspension"), (r"\bsoln?\b", "solution"),
         (r"\bmdd\b", "max daily dose"), (r"\bmaximum\b|\bmaximal\b", "max"), (r"\bnte\b", "not to exceed"), (r"\bmax (?:dose|amount) (?:per|a) day\b", "max daily dose"), (r"\bmax (?:daily |a day )?(?:amount|dosage)\b", "max daily dose"),
-        (r"\bmax dose daily\b", "max daily dose"), (r"\bmax daily dose (?:is|of|=)\b", "max daily dose"),
+        (r"\b(?:(?:do )?not (?:to )?(?:exceed|take more than)|(?:no|never) more than|at most|limit(?:ed)?(?: of| to)?|(?:up to )?(?:a |the )?max (?:total )?of|max total|total max)(?= \d[\d./]*(?! ?(?:to \d+ )?(?:seconds?|minutes?|hours?|days?|weeks?|months?|times?)\b))", "max"),
+        (r"\bmax daily\b(?! dose)", "max daily dose"), (r"\bmax dose daily\b", "max daily dose"), (r"\bmax daily dose (?:is|of|=)\b", "max daily dose"),
         (r"\binstr\b", " . "), (r"\bint\b(?= (?:as|for|by|\.)|$)", " "), (r"\baffect area", "affected area"), (r"(?<=\d )or (?=\d)", "to "),
     ]
 )  # fmt: skip
@@ -198,6 +199,7 @@ def _separate(token: str) -> str:
     token = re.sub(r"^instr(?=[a-z])(?!uct|ument)", "instr ", token)
     token = re.sub(r"^([a-z]{2,})x(?=\d)", lambda hit: f"{hit[1]} x " if hit[1] in VOCABULARY else hit[0], token)
     token = re.sub(r"\b(x|mdd|max|qty|take|q|for|instr)(?=\d)", r"\1 ", token)
+    token = re.sub(r"/day(?=[a-z])(?!s\b)", "/day ", token)
     parts = []
     for part in token.split():
         hit = re.fullmatch(r"([a-z]{3,})(\d[\d./]*)", part)

@@ -84,6 +84,7 @@ _TEMPLATES: list[tuple[str, float, bool, str]] = [
     ("order.glued", 7, False, "verb dose place when *for *prn max *extra"),
     ("order.max_first", 0.7, False, "verb dose place when max prn for extra"),
     ("order.place_late", 1, False, "verb dose when prn place for max extra"),
+    ("order.when_lead", 1.5, False, "when dose place prn for max extra"),
     ("order.held.sentence", 9, True, "verb dose place , when , prn for . max . extra"),
     ("order.held.capitals", 7, True, "verb dose place when for prn max extra"),
     ("order.held.when_first", 1.5, True, "when verb dose place prn for max extra"),
@@ -126,7 +127,7 @@ def simple(product: Product, rng: Random, *, held: bool) -> Scene:
         parts["for"] = Part(duration.surface, "for", duration.slot or "")
         scene.expected["duration_days"] = duration.value
     _give(scene, product, dose, rng)
-    if dose and frequency and rng.random() < (0.22 if prn else 0.05) and frequency.value and frequency.value >= 1:
+    if dose and frequency and rng.random() < (0.26 if prn else 0.07) and frequency.value and frequency.value >= 1:
         parts["max"] = _maximum(scene, product, dose, frequency.value, rng, held)
     if rng.random() < 0.36:
         extra = pick(EXTRAS, rng, held=held)
