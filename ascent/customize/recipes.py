@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from ascent.customize.objectives.rows import ROWS, row_named
 from ascent.customize.trainer import Optim, Schedule
@@ -153,24 +153,15 @@ class OnlineRecipe(RecipeBase):
     minibatches: int = Field(default=1, ge=1)
     """Updates per rollout."""
     max_tokens: int = Field(default=64, ge=1)
-    """Longest answer."""
+    """Longest answer; DAPO's soft punishment starts at three quarters of it."""
     temperature: float = Field(default=1.0, gt=0)
     """Sampling temperature, also used when the trainer scores."""
     refills: int = Field(default=3, ge=0)
     """DAPO: how often a step's prompts may be drawn again to replace groups without spread."""
-    overlong_cache: int | None = Field(default=None, ge=1)
-    """DAPO: the soft punishment starts this many tokens before `max_tokens`; null for a quarter of them."""
     kl: float | None = Field(default=None, ge=0)
     """Weight of the KL to the start model; null keeps the row's own (grpo 0.04, dapo 0)."""
     optim: OptimSpec = OptimSpec(lr=1e-4, schedule="constant", warmup_fraction=0.1)
     """Optimizer."""
-
-    @field_validator("overlong_cache")
-    @classmethod
-    def _cache_fits(cls, value: int | None, info: Any) -> int | None:
-        if value is not None and value > info.data.get("max_tokens", value):
-            raise ValueError("overlong_cache cannot exceed max_tokens")
-        return value
 
 
 Recipe = SftRecipe | DpoRecipe | OnlineRecipe

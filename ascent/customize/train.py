@@ -195,7 +195,7 @@ def _online(
         max_tokens=recipe.max_tokens,
         temperature=recipe.temperature,
         refills=recipe.refills,
-        overlong_cache=recipe.overlong_cache or max(1, recipe.max_tokens // 4),
+        overlong_cache=max(1, recipe.max_tokens // 4),
         reward=recipe.reward,
     )
     if not tasks:

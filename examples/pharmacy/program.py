@@ -173,6 +173,13 @@ def near_miss(task: Task, episode: Episode) -> bool | None:
     return not right and not output.get("needs_review", True)
 
 
+def error_when_passed(task: Task, episode: Episode) -> bool | None:
+    """Wrong, among the directions that no rule stopped. Lower is better, and flagging everything does not help."""
+    right = exact_match(task, episode)
+    output, _ = _facts(task, episode)
+    return None if right is None or output.get("needs_review", True) else not right
+
+
 def false_alarm(task: Task, episode: Episode) -> bool | None:
     """Flagged although the row expects no review. Lower is better."""
     output, expected = _facts(task, episode)

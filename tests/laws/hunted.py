@@ -37,6 +37,13 @@ def start(use_case: Path, name: str, out: Path, extra: str) -> int:
         os._exit(code)
 
 
+def wait_for_rows(out: Path, count: int) -> None:
+    """Wait until a run's learning curve has that many rows."""
+    log, until = out / "metrics.jsonl", time.monotonic() + 30
+    while not (log.exists() and log.read_bytes().count(b"\n") >= count) and time.monotonic() < until:
+        time.sleep(0.002)
+
+
 def checked_step(model: Path, out: Path) -> int | None:
     """The step of the checkpoint as a resuming run would find it; raises when it is not whole."""
     trainer = Trainer(tiny_policy(model), Optim(lr=1.0), 1)
@@ -50,7 +57,9 @@ def kill(use_case: Path, model: Path, out: Path) -> dict[str, object]:
     for _ in range(60):
         child = start(use_case, "sft", out, LONG)
         if len(steps) < 8:
-            time.sleep(dice.uniform(0.1, 0.4))
+            if len(steps) % 2:  # every other kill hits a run that has done new steps, however slow the machine
+                wait_for_rows(out, (steps[-1] or 0) + 1)
+            time.sleep(dice.uniform(0, 0.06 if len(steps) % 2 else 0.3))
             os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         if os.WIFEXITED(status):
@@ -62,10 +71,7 @@ def kill(use_case: Path, model: Path, out: Path) -> dict[str, object]:
 def interrupt(use_case: Path, model: Path, out: Path) -> dict[str, object]:
     """Press Ctrl-C once the run has logged three steps of its twelve, in the middle of a rollout's two updates."""
     child = start(use_case, "grpo", out, "{checkpoint_every: 100}")
-    log = out / "metrics.jsonl"
-    until = time.monotonic() + 30
-    while not (log.exists() and log.read_bytes().count(b"\n") >= 3) and time.monotonic() < until:
-        time.sleep(0.005)
+    wait_for_rows(out, 3)
     os.kill(child, signal.SIGINT)
     _, status = os.waitpid(child, 0)
     return {"exit": os.WEXITSTATUS(status), "step": checked_step(model, out), "logged": len(metrics(out))}

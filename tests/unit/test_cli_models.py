@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -164,9 +163,9 @@ def test_ctrl_c_writes_a_checkpoint_and_resume_ends_the_same(home: Path, tiny: P
     """The interrupted and resumed run has bit for bit the weights of one that was left alone."""
     file = recipe(tmp_path, tiny, epochs=60, checkpoint_every=1000)
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    assert run(["train", str(file), "--out", str(whole)]) == 0
-    command = [str(SCRIPT), "train", str(file), "--out", str(cut)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ)
+    command = [str(SCRIPT), "train", str(file), "--out"]
+    subprocess.run([*command, str(whole)], check=True, capture_output=True)
+    process = subprocess.Popen([*command, str(cut)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for _ in range(1200):
         if (cut / "metrics.jsonl").is_file() and (cut / "metrics.jsonl").read_text().count("\n") > 5:
             break
@@ -176,7 +175,7 @@ def test_ctrl_c_writes_a_checkpoint_and_resume_ends_the_same(home: Path, tiny: P
     assert process.returncode == 130, errors
     assert "--resume" in errors
     assert not (cut / "run.json").exists()
-    assert run(["train", str(file), "--out", str(cut), "--resume"]) == 0
+    subprocess.run([*command, str(cut), "--resume"], check=True, capture_output=True)
     expected, found = weights(whole / "model"), weights(cut / "model")
     assert all(np.array_equal(expected[name], found[name]) for name in expected)
 

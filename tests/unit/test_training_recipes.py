@@ -42,7 +42,6 @@ def test_every_row_has_a_recipe() -> None:
         ("model: m\nalgorithm: [sft]\ndata: d\n", 2, "algorithm", ["unknown algorithm"]),
         ("algorithm: dpo\nmodel: m\ndata: d\nlabel_smoothing: 0.5\n", 4, "label_smoothing", ["less than 0.5"]),
         ("algorithm: grpo\nmodel: m\ndata: d\n", 1, "prompts", ["required"]),
-        ("algorithm: dapo\nmodel: m\nprompts: d\nmax_tokens: 8\noverlong_cache: 9\n", 5, "overlong_cache", ["exceed"]),
         ("algorithm: grpo\nmodel: m\nprompts: d\ngroup_size: 1\n", 4, "group_size", ["2"]),
         ("algorithm: sft\nmodel: m\ndata: []\n", 3, "data", ["at least 1"]),
     ],
@@ -91,7 +90,7 @@ def test_defaults_are_those_of_the_methods(tmp_path: Path) -> None:
     assert (dpo.beta, dpo.optim.lr, dpo.optim.schedule) == (0.1, 1e-5, "cosine")
     online = load_recipe(written(tmp_path, "algorithm: dapo\nmodel: m\nprompts: p.jsonl\nmax_tokens: 8\n"))
     assert isinstance(online, OnlineRecipe)
-    assert online.overlong_cache is None  # a default of 16 tokens would punish every answer of a run of 8
+    assert (online.max_tokens, online.group_size) == (8, 8)
 
 
 def test_paths_are_relative_to_the_recipe(tmp_path: Path) -> None:

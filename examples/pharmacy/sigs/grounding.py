@@ -9,6 +9,7 @@ import re
 from .lexicon import ROUTE_PATTERNS, read_route
 
 _TOKEN = re.compile(r"\d+(?:\.\d+)?(?:/\d+)?|[a-z][a-z'-]*")
+_BARE = re.compile(r"[\d./]+(?: to [\d./]+)?")
 _FREE = frozenset(
     "a an and to the of or in at per each every day daily yes times time for with on needed as up".split()
 )
@@ -45,6 +46,8 @@ def is_grounded(label: str, value: str, text: str) -> bool:
         return route is not None and all(
             _supported(token, present) for token in map(stem, _TOKEN.findall(value)) if token not in _PLACE_WORDS
         )
+    if label == "dose" and _BARE.fullmatch(value) and value in text:
+        return bool(re.search(rf"(?<![\d./]){re.escape(value)}(?![\d./])(?! (?:times?|x|hours?|days?|weeks?)\b)", text))
     if label == "prn":
         return bool(PRN_EVIDENCE.search(text))
     return all(_supported(token, present) for token in map(stem, _TOKEN.findall(value.lower())))

@@ -65,6 +65,7 @@ def read_route(words: str) -> str | None:
     specific = [route for route in found if route not in {"oral", "topical"}]
     return (specific or found or [None])[0]
 
+
 # Phrases that send the reader to another text.
 ELSEWHERE = re.compile(
     r"\bas (?:directed|instructed|prescribed|discussed|advised|told|explained|ordered|written|indicated|per)\b|\bdirected (?:by|per|on)\b|"

@@ -60,6 +60,8 @@ def read_dose(phrase: str) -> Amount | None:
     low = number(hit[1])
     high = number(hit[2]) if hit[2] else low
     rest = text[hit.end() :]
+    if re.match(r" ?(?:times?|x)\b", rest):
+        return None
     unit = _unit(rest)
     if strength := _STRENGTH.match(rest):
         counted = _unit(rest[strength.end() :], known=True)

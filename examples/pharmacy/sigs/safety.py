@@ -64,6 +64,10 @@ _BOUNDS: dict[str, tuple[float, float]] = {
 }  # fmt: skip
 _MG = {"mg": 1.0, "mcg": 0.001, "g": 1000.0}
 _SPAN = re.compile(r"(?<!\d )(?<!supply )\bfor \d+(?: to \d+)? (?:days|weeks?|months?|nights)\b")
+_BARE_SPAN = re.compile(
+    r"\b(?:duration|next|total of|course of|over|during|mouth|orally|daily|day|needed|bedtime|hours|waking|nightly|night|"
+    r"morning|evening) \d+ (?:days|weeks|months|nights)\b(?! (?:before|after|prior|supply))"
+)
 _TEXT_STRENGTH = re.compile(
     r"\b(?P<n>\d+(?:\.\d+)?) (?P<u>tablets?|capsules?|pills?|ml) (?P<s>\d+(?:\.\d+)?) (?P<m>mg|mcg|g)\b(?P<t> total)?"
 )
@@ -231,7 +235,9 @@ def _unread(result: Assembly, text: str, sequence: bool) -> bool:
         return True
     if facts.duration_days is None and not result.single and _SPAN.search(text):
         return True
-    if facts.stated_max_daily is None and re.search(r"\bmax daily dose \d", text):
+    if facts.duration_days is None and not result.single and _BARE_SPAN.search(text):
+        return True
+    if facts.stated_max_daily is None and re.search(r"\bmax (?:daily )?(?:dose )?\d", text):
         return True
     if facts.route is None and re.search(r"\bby mouth\b|\borally\b|\btopically\b|\brectally\b|\bvaginally\b", text):
         return True

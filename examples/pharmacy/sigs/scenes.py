@@ -84,6 +84,7 @@ _TEMPLATES: list[tuple[str, float, bool, str]] = [
     ("order.glued", 7, False, "verb dose place when *for *prn max *extra"),
     ("order.max_first", 0.7, False, "verb dose place when max prn for extra"),
     ("order.place_late", 1, False, "verb dose when prn place for max extra"),
+    ("order.stops", 5, False, "verb dose place when prn for . max . extra"),
     ("order.when_lead", 1.5, False, "when dose place prn for max extra"),
     ("order.held.sentence", 9, True, "verb dose place , when , prn for . max . extra"),
     ("order.held.capitals", 7, True, "verb dose place when for prn max extra"),
