@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict
 
 from .frequency import read_frequency
 from .grounding import PRN_EVIDENCE, is_grounded
-from .lexicon import ROUTE_PATTERNS, read_route
+from .lexicon import EXPLICIT_ROUTE, ROUTE_PATTERNS, read_route
 from .quantities import Amount, read_dose, read_duration, read_maximum
 from .slots import Slots, parse_slots
 
@@ -26,6 +26,12 @@ _UNMISTAKABLE = {
         r"\b(?:apply|place|use|change|wear|\d) (?:\d |a |the |new )*(?:patch|patches)\b|\btransdermal(?:ly)?\b"
     ),
 }
+
+
+_FOLLOWED = re.compile(r"\bfollowed by\b|\bthen \d")
+_MAXIMUM = re.compile(
+    r"\bmax (?:daily )?(?:dose )?(\d[\d./]*(?: [a-z]+)?(?: (?:per|a|each|in|every) (?:\d+ )?[a-z]+)?)"
+)
 
 
 class Components(BaseModel):
@@ -56,6 +62,7 @@ class Assembly:
     maximum: Amount | None = None
     single: bool = False
     when: str = ""
+    amounts: list[tuple[float, float]] = field(default_factory=list)
     reason: str = ""
 
 
@@ -74,9 +81,9 @@ def assemble(answer: str, text: str) -> Assembly:
         else:
             dropped.append(label)
     result = Assembly(Components(), broken=slots.broken, dropped=dropped, steps=kept.all("then"))
-    _dose_and_frequency(kept, result)
+    _dose_and_frequency(kept, text, result)
     _route(kept, text, result)
-    _duration_and_maximum(kept, result)
+    _duration_and_maximum(kept, text, result)
     if kept.all("prn") and PRN_EVIDENCE.search(text):
         result.components.as_needed = True
         reason = kept.all("prn")[0]
@@ -84,9 +91,19 @@ def assemble(answer: str, text: str) -> Assembly:
     return result
 
 
-def _dose_and_frequency(slots: Slots, result: Assembly) -> None:
+def _whole(when: str, text: str) -> str:
+    """Complete a time copied without period or count: `2 days` of `2 days per week`, `daily` of `thrice daily`."""
+    hit = re.search(
+        rf"\b(?:(?:once|twice|thrice|\d+ times) )?{re.escape(when)}(?: (?:per|a|each) (?:day|week|month))?\b", text
+    )
+    return hit.group() if hit else when
+
+
+def _dose_and_frequency(slots: Slots, text: str, result: Assembly) -> None:
     doses = [dose for value in slots.all("dose") if (dose := read_dose(value))]
+    result.amounts = [(dose.low, dose.high) for dose in doses]
     whens = slots.all("when")
+    whens = [_whole(whens[0], text)] if len(whens) == 1 else whens
     parts = [read_frequency(value) for value in whens]
     result.when = " and ".join(whens)
     frequency = parts[0] if len(parts) == 1 else None
@@ -121,7 +138,11 @@ def _dose_and_frequency(slots: Slots, result: Assembly) -> None:
 
 
 def _route(slots: Slots, text: str, result: Assembly) -> None:
+    if not slots.all("route"):
+        return
     routes = list(dict.fromkeys(route for value in slots.all("route") if (route := read_route(value))))
+    if not routes:  # copied words that tell no route, such as `sip`: take what the text says in so many words
+        routes = [route for route, pattern in EXPLICIT_ROUTE.items() if pattern.search(text)][:1]
     if not routes:
         return
     route = routes[0]
@@ -133,12 +154,14 @@ def _route(slots: Slots, text: str, result: Assembly) -> None:
     result.disagreement = result.disagreement or len(routes) > 1
 
 
-def _duration_and_maximum(slots: Slots, result: Assembly) -> None:
+def _duration_and_maximum(slots: Slots, text: str, result: Assembly) -> None:
+    """Read how long and at most how much. After normalisation a maximum has one spelling, which rules read alone."""
     durations = [days for value in slots.all("for") if (days := read_duration(value)) is not None]
-    if durations and not result.single:
+    if durations and not result.single and not result.steps and not _FOLLOWED.search(text):
         result.components.duration_days = durations[0]
         result.disagreement = result.disagreement or any(days != durations[0] for days in durations)
-    maxima = [amount for value in slots.all("max") if (amount := read_maximum(value))]
+    stated = slots.all("max") or [hit[1] for hit in _MAXIMUM.finditer(text)]
+    maxima = [amount for value in stated if (amount := read_maximum(value)) and read_duration(value) is None]
     if maxima:
         result.maximum = maxima[0]
         result.components.stated_max_daily = maxima[0].high

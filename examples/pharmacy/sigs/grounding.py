@@ -17,7 +17,7 @@ _PLACE_WORDS = frozenset("by in into the your to on via route".split())
 # Words that say the same about time; a model that writes one for another has not invented anything.
 _SAME = [
     {"once", "1", "daily", "single"}, {"twice", "2"}, {"thrice", "3"}, {"weekly", "week"}, {"monthly", "month"}, {"nightly", "night", "bedtime", "bed"},
-    {"max", "exceed", "more", "limit", "most"}, {"tablet", "tab"}, {"hourly", "hour"}, {"morning", "am"}, {"evening", "pm"},
+    {"max", "exceed", "more", "limit", "most"}, {"tablet", "tab"}, {"hourly", "hour"}, {"before", "prior"}, {"under", "beneath"}, {"morning", "am"}, {"evening", "pm"},
 ]  # fmt: skip
 PRN_EVIDENCE = re.compile(
     r"\bas needed\b|\bneeded\b|\bif\b|\bwhen\b|\bwhenever\b|\bonset\b|\bfirst sign\b|\bneed\b|\bbreakthrough\b"
@@ -41,9 +41,9 @@ def is_grounded(label: str, value: str, text: str) -> bool:
     present = tokens(text)
     if label == "route":
         route = read_route(value)
-        if value in ROUTE_PATTERNS and not tokens(value) <= present:
-            return bool(ROUTE_PATTERNS[value].search(text))
-        return route is not None and all(
+        if route is not None and ROUTE_PATTERNS[route].search(text):
+            return True
+        return all(
             _supported(token, present) for token in map(stem, _TOKEN.findall(value)) if token not in _PLACE_WORDS
         )
     if label == "dose" and _BARE.fullmatch(value) and value in text:

@@ -55,6 +55,21 @@ ROUTE_EVIDENCE: dict[str, str] = {
 ROUTES = tuple(ROUTE_EVIDENCE)
 ROUTE_PATTERNS = {route: re.compile(pattern) for route, pattern in ROUTE_EVIDENCE.items()}
 
+# Words that state a route beyond doubt.
+EXPLICIT_ROUTE = {
+    "oral": re.compile(r"\bby mouth\b|\borally\b|\boral (?:route)?"),
+    "rectal": re.compile(r"\brectally\b|\bper rectum\b|\b(?:in|into) (?:the )?rectum\b"),
+    "vaginal": re.compile(r"\bvaginally\b|\b(?:in|into) (?:the )?vagina\b"),
+    "sublingual": re.compile(r"\bunder (?:the )?tongue\b|\bsublingually\b"),
+    "topical": re.compile(r"\btopically\b|\bto (?:the )?(?:skin|scalp)\b"),
+    "nasal": re.compile(r"\b(?:each|both|in|into|per|right|left) (?:the )?nostrils?\b"),
+    "ophthalmic": re.compile(r"\b(?:in|into|to) (?:the )?(?:both|each|right|left|affected|surgical|operative) eyes?\b"),
+    "otic": re.compile(r"\b(?:in|into|to) (?:the )?(?:both|each|right|left|affected) ears?\b"),
+    "intramuscular": re.compile(r"\bintramuscularly\b"),
+    "intravenous": re.compile(r"\bintravenously\b"),
+    "subcutaneous": re.compile(r"\bsubcutaneously\b|\bunder (?:the )?skin\b"),
+}  # fmt: skip
+
 
 def read_route(words: str) -> str | None:
     """Return the route that copied words such as `by mouth`, `eye` or `apply` tell; its own name counts too."""

@@ -114,6 +114,8 @@ _WORDS = _rules(
         (r"(?<=\d )inh\b(?! (?:by|po|every|bid|q))|(?<=\d )inhs\b", "inhalations"), (r"\binh\b", "inhale"), (r"(?<=\d )nebs?\b", "nebules"), (r"\bnebs?\b", "nebulizer"),
         (r"\bsl\b", "under the tongue"), (r"\bim\b", "intramuscularly"), (r"(?<!\w)iv\b", "intravenously"), (r"\bsub ?q\b|\bsub ?cut\b|\bsq\b|\bsc\b", "subcutaneously"), (r"\bpr\b", "rectally"), (r"\bpv\b", "vaginally"),
         (r"\bung\b|\boint\b", "ointment"), (r"\btop\b(?! of)", "topically"), (r"\baa\b", "affected area"), (r"\bau\b", "both ears"), (r"\bpt\b", "patient"), (r"\binj\b", "inject"), (r"\bsusp\b", "suspension"), (r"\bsoln?\b", "solution"),
+        (r"\b(?:for (?:a total of|the next)|duration(?: of)?|course of|over|during)(?= \d+ (?:(?:full|more|consecutive) )?(?:days?|weeks?|months?|nights?)\b)", "for"),
+        (r"\bone-time dose\b|\b(?:one|1) time dose\b", "single dose"),
         (r"\bmdd\b", "max daily dose"), (r"\bmaximum\b|\bmaximal\b", "max"), (r"\bnte\b", "not to exceed"), (r"\bmax (?:dose|amount) (?:per|a) day\b", "max daily dose"), (r"\bmax (?:daily |a day )?(?:amount|dosage)\b", "max daily dose"),
         (r"\b(?:(?:do )?not (?:to )?(?:exceed|take more than)|(?:no|never) more than|at most|limit(?:ed)?(?: of| to)?|(?:up to )?(?:a |the )?max (?:total )?of|max total|total max)(?= \d[\d./]*(?! ?(?:to \d+ )?(?:seconds?|minutes?|hours?|days?|weeks?|months?|times?)\b))", "max"),
         (r"\bmax daily\b(?! dose)", "max daily dose"), (r"\bmax dose daily\b", "max daily dose"), (r"\bmax daily dose (?:is|of|=)\b", "max daily dose"),

@@ -26,8 +26,8 @@ from typing import Any
 from .assemble import Assembly
 from .catalogue import drug_words, find
 from .frequency import read_frequency
-from .lexicon import COUNTED, ELSEWHERE, MASS_UNITS, VOCABULARY
-from .quantities import singular
+from .lexicon import COUNTED, ELSEWHERE, EXPLICIT_ROUTE, MASS_UNITS, VOCABULARY
+from .quantities import number, singular
 
 REASONS = (
     "missing_dose", "missing_frequency", "contradiction", "split_dose", "sequence", "points_elsewhere", "garbled",
@@ -35,24 +35,11 @@ REASONS = (
 )  # fmt: skip
 
 SEQUENCE = re.compile(
-    r"\bthen\b(?! (?:spit|swallow|rinse|wait|discard|remove|wipe|wash|exhale|hold|stop\b(?! for)))(?=.*(?:\d|daily|needed|once|twice|off|every|stop for))|\btaper(?:ed|ing)?\b|\bpulse\b|\bfollowed by\b|\b(?:on|for|take) days? 1\b|^days? 1\b|\bday 1 (?:then|of|and)\b|\bdays? 1 to \d|\bweek 1\b(?! (?:tablet|capsule|pill|by))|"
+    r"\bthen\b(?! (?:spit|swallow|rinse|wait|discard|remove|wipe|wash|exhale|hold|stop\b(?! for)))(?=.*(?:\d|daily|needed|once|twice|off|every|stop for))|\btaper(?:ed|ing)?\b|\bpulse\b|\bfollowed by\b|\b(?:on|for|take) days? 1\b|^days? 1\b|\bday 1 (?:then|of|and)\b|\bdays? 1 to \d+(?! (?:tablets?|capsules?|pills?|puffs?|drops?|ml))|\bweek 1\b(?! (?:tablet|capsule|pill|by))|"
     r"\b(?:on|the) (?:first|1st) day\b|\b(?:increase|decrease|reduce|titrate)\w* (?:to|by|dose|as|up|down|after|every)\b|\bthereafter\b|\boff for\b|\b(?:weeks?|days?) off\b|\b\d+ (?:weeks|days) on (?:and|then|\d)|"
-    r"\bfor \d+ (?:days?|weeks?|doses?)(?: \.)?(?: and| take| apply| use)? (?:\d+(?:\.\d+)?(?: \d/\d)?|\d/\d) (?:tablets?|capsules?|pills?|mg|ml|puffs?|by mouth|drops?|times?|twice|every|daily)(?! (?:as needed|per|max))|"
+    r"\bfor \d+ (?:days?|weeks?|doses?)(?: \.)?(?: and| take| apply| use)? (?:\d+(?:\.\d+)?(?: \d/\d)?|\d/\d) (?:tablets?|capsules?|pills?|mg|ml|puffs?|by mouth|drops?|times?|twice|every|daily)(?! (?:as needed|per|max|daily max))|"
     r"\brepeat(?:ed)?\b(?! (?:labs?|test))|\bfirst dose\b.*\bsecond dose\b|\binitially\b|\bloading\b|\bafter that\b|\bsubsequent\b"
 )
-_EXPLICIT_ROUTE = {
-    "oral": re.compile(r"\bby mouth\b|\borally\b|\boral (?:route)?"),
-    "rectal": re.compile(r"\brectally\b|\bper rectum\b|\b(?:in|into) (?:the )?rectum\b"),
-    "vaginal": re.compile(r"\bvaginally\b|\b(?:in|into) (?:the )?vagina\b"),
-    "sublingual": re.compile(r"\bunder (?:the )?tongue\b|\bsublingually\b"),
-    "topical": re.compile(r"\btopically\b|\bto (?:the )?(?:skin|scalp)\b"),
-    "nasal": re.compile(r"\b(?:each|both|in|into|per|right|left) (?:the )?nostrils?\b"),
-    "ophthalmic": re.compile(r"\b(?:in|into|to) (?:the )?(?:both|each|right|left|affected|surgical|operative) eyes?\b"),
-    "otic": re.compile(r"\b(?:in|into|to) (?:the )?(?:both|each|right|left|affected) ears?\b"),
-    "intramuscular": re.compile(r"\bintramuscularly\b"),
-    "intravenous": re.compile(r"\bintravenously\b"),
-    "subcutaneous": re.compile(r"\bsubcutaneously\b|\bunder (?:the )?skin\b"),
-}  # fmt: skip
 _WITH_ORAL = {"inhalation", "sublingual", "buccal"}
 _WITH_TOPICAL = {"transdermal", "ophthalmic", "nasal", "otic", "vaginal", "rectal", "oral", "buccal"}
 _BOUNDS: dict[str, tuple[float, float]] = {
@@ -66,7 +53,7 @@ _MG = {"mg": 1.0, "mcg": 0.001, "g": 1000.0}
 _SPAN = re.compile(r"(?<!\d )(?<!supply )\bfor \d+(?: to \d+)? (?:days|weeks?|months?|nights)\b")
 _BARE_SPAN = re.compile(
     r"\b(?:duration|next|total of|course of|over|during|mouth|orally|daily|day|needed|bedtime|hours|waking|nightly|night|"
-    r"morning|evening) \d+ (?:days|weeks|months|nights)\b(?! (?:before|after|prior|supply))"
+    r"morning|evening) \d+ (?:days|weeks|months|nights)\b(?! (?:before|after|prior|supply|a week|per week|each week))"
 )
 _TEXT_STRENGTH = re.compile(
     r"\b(?P<n>\d+(?:\.\d+)?) (?P<u>tablets?|capsules?|pills?|ml) (?P<s>\d+(?:\.\d+)?) (?P<m>mg|mcg|g)\b(?P<t> total)?"
@@ -130,7 +117,7 @@ def implausible(low: float | None, high: float | None, unit: str | None, times: 
 
 
 def _routes_disagree(text: str) -> bool:
-    stated = {route for route, pattern in _EXPLICIT_ROUTE.items() if pattern.search(text)}
+    stated = {route for route, pattern in EXPLICIT_ROUTE.items() if pattern.search(text)}
     if "sublingual" in stated:
         stated.discard("oral")
     if "topical" in stated and stated & _WITH_TOPICAL - {"oral"}:
@@ -231,7 +218,9 @@ def _unread(result: Assembly, text: str, sequence: bool) -> bool:
     if sequence:
         return False
     facts = result.components
-    if "as needed" in text and not facts.as_needed:
+    if not facts.as_needed and ("as needed" in text or re.search(r"\bif [a-z]{5,} for\b", text)):
+        return True
+    if _amount_left_over(result, text) or _weekday_left_over(result, text):
         return True
     if facts.duration_days is None and not result.single and _SPAN.search(text):
         return True
@@ -245,3 +234,26 @@ def _unread(result: Assembly, text: str, sequence: bool) -> bool:
     if facts.max_times_per_day is None:
         return whole.per_day is not None and not whole.single and not whole.events and not whole.conflict
     return False
+
+
+_COUNTED_AMOUNT = re.compile(
+    r"(?<!#)(?<!dispense )(?<!quantity )(?<!qty )(?<!disp )(?<![\d./])(?<!\d )(\d+ \d/\d|\d[\d./]*)(?: to (\d+ \d/\d|\d[\d./]*))? "
+    r"(?:tablets?|capsules?|pills?|puffs?|drops?|sprays?|patch(?:es)?|suppositor(?:y|ies)|lozenges?)\b"
+)
+_WEEKDAY = re.compile(r"\b(mon|tues?|wed|thurs?|thu|fri|sat|sun)(?:days?|nesdays?|urdays?)?\b")
+
+
+def _amount_left_over(result: Assembly, text: str) -> bool:
+    """Say whether the text counts more units, or a wider range of them, than the slots took up."""
+    facts = result.components
+    if facts.dose_min is None or facts.dose_max is None:
+        return False
+    amounts = [(number(hit[1]), number(hit[2] or hit[1])) for hit in _COUNTED_AMOUNT.finditer(text)]
+    taken = result.amounts + ([] if facts.stated_max_daily is None else [(facts.stated_max_daily,) * 2])
+    return any(amount not in taken for amount in amounts)
+
+
+def _weekday_left_over(result: Assembly, text: str) -> bool:
+    """Say whether the text names a weekday that the time slot does not, where the slot names some."""
+    taken = {hit[1][:2] for hit in _WEEKDAY.finditer(result.when)}
+    return bool(taken) and bool({hit[1][:2] for hit in _WEEKDAY.finditer(text)} - taken) and " except" not in text
