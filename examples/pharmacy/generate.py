@@ -24,7 +24,7 @@ from sigs.scenes import Scene, simple
 from sigs.scenes_rare import RARE
 from sigs.slots import write_slots
 
-SIZES = {"train": 2300, "validation": 200, "test": 400, "prompts": 192}
+SIZES = {"train": 2300, "validation": 200, "test": 400, "prompts": 160}
 _SHARES = {"train": 0.58, "validation": 0.10, "test": 0.20, "prompts": 0.12}
 _RARE_SHARE = 0.17
 _KIND_WEIGHT = {"tablet": 10.0, "capsule": 7.0}
