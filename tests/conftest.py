@@ -5,7 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from laws.helpers import write_tiny_model, write_use_case
+
+torch.set_num_threads(1)  # sums round by thread count, and some tests compare with a one-thread process bit for bit
 
 
 @pytest.fixture(scope="session")

@@ -49,7 +49,11 @@ class Optim:
 
 
 class Trainer:
-    """Owns the optimizer state of a policy."""
+    """Owns the optimizer state of a policy.
+
+    A resumed run repeats an uninterrupted one bit for bit on the same machine with the same number of threads: sums over
+    threads round by their number.
+    """
 
     def __init__(self, policy: Policy, optim: Optim, total_steps: int) -> None:
         self.policy, self.optim, self.total_steps = policy, optim, total_steps
