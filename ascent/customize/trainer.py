@@ -51,8 +51,8 @@ class Optim:
 class Trainer:
     """Owns the optimizer state of a policy.
 
-    A resumed run repeats an uninterrupted one bit for bit on the same machine with the same number of threads: sums over
-    threads round by their number.
+    A resumed run repeats an uninterrupted one bit for bit on the same machine with the same number of threads: sums
+    over threads round by their number.
     """
 
     def __init__(self, policy: Policy, optim: Optim, total_steps: int) -> None:
