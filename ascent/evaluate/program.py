@@ -23,7 +23,7 @@ class Program:
 
     - `prepare(input: dict) -> str`: the user turn. Without it: `input["prompt"]`, or the input as JSON.
     - `finish(text: str, input: dict) -> Any`: the structured output. Without it: the text parsed as JSON, or
-      the text itself.
+      the text itself. With a third parameter it also hears whether the answer is `doubtful`, see `Episode`.
     - graders: every public function whose parameters are called `task` and `episode`.
 
     The file may import its siblings by plain name at its top, as a script would.
@@ -33,7 +33,8 @@ class Program:
         """Wrap a loaded module; with no arguments, a program that only has the defaults."""
         self.path, self.module = path, module
         self._prepare = _function(path, module, "prepare", 1)
-        self._finish = _function(path, module, "finish", 2)
+        self._finish = _function(path, module, "finish", 2, 3)
+        self._hears_doubt = self._finish is not None and len(_parameters(self._finish) or ()) == 3
         self._graders: dict[str, Grader] = {}
         for name, value in vars(module).items() if module else ():
             if not name.startswith("_") and inspect.isroutine(value) and _parameters(value) == ["task", "episode"]:
@@ -94,10 +95,10 @@ class Program:
             raise BadInput(f"{self.path}: prepare() returned a {type(text).__name__}; it must return a string")
         return text
 
-    def finish(self, text: str, input: dict[str, Any]) -> Any:
+    def finish(self, text: str, input: dict[str, Any], doubtful: bool = False) -> Any:
         """Return the structured output of a text. What the program's own `finish` raises passes through."""
         if self._finish is not None:
-            return self._finish(text, input)
+            return self._finish(text, input, doubtful) if self._hears_doubt else self._finish(text, input)
         try:
             return parse_json(text)
         except ValueError:
@@ -114,13 +115,13 @@ def describe_error(error: BaseException, path: Path | None) -> str:
     return f"{text} ({Path(own[-1].filename).name}:{own[-1].lineno})" if own else text
 
 
-def _function(path: Path | None, module: ModuleType | None, name: str, arguments: int) -> Any:
+def _function(path: Path | None, module: ModuleType | None, name: str, *arguments: int) -> Any:
     value = getattr(module, name, None)
     if value is None:
         return None
     names = _parameters(value) if callable(value) else None
-    if names is None or len(names) != arguments:
-        wanted = "prepare(input)" if name == "prepare" else "finish(text, input)"
+    if names is None or len(names) not in arguments:
+        wanted = "prepare(input)" if name == "prepare" else "finish(text, input) or finish(text, input, doubtful)"
         raise BadInput(f"{path}: {name!r} must be a function {wanted}")
     return value
 

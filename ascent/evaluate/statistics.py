@@ -173,12 +173,13 @@ def noninferiority_p(
     clusters: Sequence[Hashable] | None = None,
     draws: int = 2000,
     seed: int = 0,
+    deff: float | None = None,
 ) -> float:
     """Return the one-sided p-value of "b is worse than a by `margin` or more", on the same items.
 
     For independent 0/1 items it is Tango's score test. Otherwise it is the tail of the paired bootstrap at
     the margin, and for clustered 0/1 items never less than Tango's, which keeps few or no discordant items
-    from looking certain.
+    from looking certain. `deff` is the design effect to assume where no item changed; see `design_effect`.
     """
     sign = 1.0 if _is_higher(direction) else -1.0
     differences = sign * _differences(a, b)
@@ -186,7 +187,7 @@ def noninferiority_p(
         return 1.0
     score = 0.0
     if is_binary(a) and is_binary(b):
-        score = tango_p(*_discordant(differences, clusters), -margin)
+        score = tango_p(*_discordant(differences, clusters, deff), -margin)
         if not is_clustered(clusters):
             return score
     means, groups = _resample(differences, clusters, draws, seed)
@@ -207,33 +208,6 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
     return {name: adjusted[name] for name in p_values}
 
 
-def paired_items_needed(gain: float, discordance: float, power: float = 0.8, alpha: float = 0.05) -> int:
-    """Return how many paired 0/1 items show a gain d when a share q of the items changes.
-
-    Connor 1987, Biometrics 43:207: n = ((z_{1-alpha/2} √q + z_power √(q - d²)) / d)².
-    """
-    if not 0 < abs(gain) <= discordance <= 1:
-        raise ValueError(
-            f"the gain lies between 0 and the discordance, which is at most 1; got {gain} and {discordance}"
-        )
-    root = _z(1 - alpha / 2) * math.sqrt(discordance) + _z(power) * math.sqrt(discordance - gain * gain)
-    return math.ceil((root / gain) ** 2)
-
-
-def items_needed(p1: float, p2: float, power: float = 0.8, alpha: float = 0.05) -> int:
-    """Return how many items *per arm* tell two rates apart on different items (Fleiss 1981, chapter 3).
-
-    n = ((z_{1-alpha/2} √(2 p̄(1-p̄)) + z_power √(p1(1-p1) + p2(1-p2))) / (p1 - p2))² with p̄ the mean of p1
-    and p2.
-    """
-    if not (0 <= p1 <= 1 and 0 <= p2 <= 1) or p1 == p2:
-        raise ValueError(f"two different rates between 0 and 1 are needed, got {p1} and {p2}")
-    mean = (p1 + p2) / 2
-    spread = math.sqrt(p1 * (1 - p1) + p2 * (1 - p2))
-    root = _z(1 - alpha / 2) * math.sqrt(2 * mean * (1 - mean)) + _z(power) * spread
-    return math.ceil((root / (p1 - p2)) ** 2)
-
-
 def pass_at_k(n: int, c: int, k: int) -> float:
     """Return the unbiased chance that at least one of k samples is right, when c of n were.
 
@@ -252,10 +226,13 @@ def pass_all_k(n: int, c: int, k: int) -> float:
     return math.comb(c, k) / math.comb(n, k)
 
 
-def compare(champion: Report, challenger: Report, metric: str, *, draws: int = 2000, seed: int = 0) -> Change:
+def compare(
+    champion: Report, challenger: Report, metric: str, *, draws: int = 2000, seed: int = 0, like: str | None = None
+) -> Change:
     """Compare one metric of two reports on the items that both scored.
 
-    The difference is challenger minus champion.
+    The difference is challenger minus champion. Where no item changed, the metric `like`, on which some did, tells how
+    alike the items of a cluster are.
 
     | items | p-value (`test`) | interval |
     |---|---|---|
@@ -277,7 +254,7 @@ def compare(champion: Report, challenger: Report, metric: str, *, draws: int = 2
     fixed = tuple(item for item, change in zip(ids, differences, strict=True) if change > 0)
     broken = tuple(item for item, change in zip(ids, differences, strict=True) if change < 0)
     if is_binary(a) and is_binary(b):
-        score_low, score_high = tango(*_discordant(differences, clusters))
+        score_low, score_high = tango(*_discordant(differences, clusters, _deff(champion, challenger, like)))
         if grouped:
             test, p = "cluster-sign-flip", sign_flip(differences, clusters, seed=seed)
             low, high = min(low, score_low), max(high, score_high)
@@ -309,13 +286,36 @@ def compare_noninferior(
     *,
     draws: int = 2000,
     seed: int = 0,
+    like: str | None = None,
 ) -> float:
-    """Return `noninferiority_p` of one metric of two reports, on the items both scored.
+    """Return `noninferiority_p` of one metric of two reports, on the items both scored; `like` as in `compare`.
 
     Raises as `compare` does.
     """
     _, a, b, clusters = _paired_values(champion, challenger, metric)
-    return noninferiority_p(a, b, margin, direction, clusters, draws, seed)
+    deff = _deff(champion, challenger, like)
+    return noninferiority_p(a, b, margin, direction, clusters, draws, seed, deff)
+
+
+def design_effect(differences: Floats, clusters: Sequence[Hashable]) -> float | None:
+    """Return the variance of the mean over clusters by that of independent items, at least 1 (Kish 1965, §5.4).
+
+    None where all differences are equal: then they tell nothing about their likeness within clusters.
+    """
+    alone = float(np.var(differences, ddof=1)) * len(differences) if len(differences) > 1 else 0.0
+    sums, sizes = _cluster_sums(differences, clusters)
+    if alone == 0 or len(sums) < 2:
+        return None
+    between = float(np.square(sums - differences.mean() * sizes).sum()) * len(sums) / (len(sums) - 1)
+    return max(1.0, between / alone)
+
+
+def _deff(champion: Report, challenger: Report, like: str | None) -> float | None:
+    """Return the design effect of the changes in the metric `like`; None without one or without changes."""
+    if like is None:
+        return None
+    _, a, b, clusters = _paired_values(champion, challenger, like)
+    return None if clusters is None else design_effect(b - a, clusters)
 
 
 def cluster_of(task_id: str, groups: Mapping[str, str]) -> Hashable:
@@ -399,9 +399,16 @@ def _differences(a: Sequence[float] | Floats, b: Sequence[float] | Floats) -> Fl
     return difference
 
 
-def _discordant(differences: Floats, clusters: Sequence[Hashable] | None) -> tuple[int, int, int]:
-    """Return (fixed, broken, n) of 0/1 pairs, counted in clusters where all differences are equal."""
+def _discordant(
+    differences: Floats, clusters: Sequence[Hashable] | None, deff: float | None = None
+) -> tuple[int, int, int]:
+    """Return (fixed, broken, n) of 0/1 pairs.
+
+    Where all differences are equal they are counted in clusters, or, with a design effect, as that many fewer items.
+    """
     n = effective_n(differences, clusters)
+    if deff is not None and n < len(differences):
+        n = max(n, round(len(differences) / deff))
     share_fixed, share_broken = np.mean(differences > 0), np.mean(differences < 0)
     return round(float(share_fixed) * n), round(float(share_broken) * n), n
 

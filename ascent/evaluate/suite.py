@@ -35,6 +35,7 @@ def evaluate(
     stage: str,
     on_done: Callable[[int], None] | None = None,
     keep_tokens: bool = False,
+    abstain_below: float = 0.0,
     chunk: int = CHUNK,
 ) -> Report:
     """Answer every task `sampling.n` times, grade the answers and return the report.
@@ -51,6 +52,7 @@ def evaluate(
         data: the data set the tasks come from, for later comparisons.
         stage: the stage being measured.
         on_done: hears how many further samples the engine has finished.
+        abstain_below: the confidence under which an answer is doubtful; the program's `finish` hears of it.
         keep_tokens: keep token ids, masks and log-probs in the items. They make a report many times larger.
         chunk: tasks per call of the engine.
 
@@ -65,7 +67,7 @@ def evaluate(
         part = tasks[begin : begin + chunk]
         answers = engine.generate([Prompt(task.messages) for task in part], sampling, on_done)
         pairs = [
-            (task, episode_of(task, completion, engine.model, sample))
+            (task, episode_of(task, completion, engine.model, sample, abstain_below))
             for task, completions in zip(part, answers, strict=True)
             for sample, completion in enumerate(completions)
         ]
@@ -142,7 +144,7 @@ def estimate(
     )
 
 
-def episode_of(task: Task, completion: Completion, model: str, sample: int = 0) -> Episode:
+def episode_of(task: Task, completion: Completion, model: str, sample: int = 0, abstain_below: float = 0.0) -> Episode:
     """Return one completion of a task as an ungraded episode.
 
     Its tokens are the prompt's and the completion's; the mask marks the latter. Tokens are left out where the
@@ -150,6 +152,7 @@ def episode_of(task: Task, completion: Completion, model: str, sample: int = 0) 
     """
     prompt, sampled = completion.prompt_ids, completion.token_ids
     whole = len(completion.logps) == len(sampled) > 0
+    confidence = math.exp(min(completion.logps)) if whole else None
     return Episode(
         task_id=task.id,
         model=model,
@@ -159,6 +162,8 @@ def episode_of(task: Task, completion: Completion, model: str, sample: int = 0) 
         loss_mask=(False,) * len(prompt) + (True,) * len(sampled) if whole else (),
         logps=(0.0,) * len(prompt) + completion.logps if whole else (),
         finish=completion.finish,
+        confidence=confidence,
+        doubtful=confidence is not None and confidence < abstain_below,
         sample=sample,
         error=completion.error,
     )

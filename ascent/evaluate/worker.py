@@ -66,7 +66,7 @@ def _grade(
     """Send one line for `finish` and, if it worked, one line per grader."""
     _arm(backstop_s)
     try:
-        output = program.finish(episode.text, task.input)
+        output = program.finish(episode.text, task.input, episode.doubtful)
         line = b'{"output":' + _json(output) + b"}"
     except BaseException as error:
         _send(channel, json.dumps({"failure": f"finish() failed: {describe_error(error, program.path)}"}))

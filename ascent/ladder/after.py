@@ -153,7 +153,7 @@ def _odds(alpha: float) -> str:
 
 
 def _items_to_settle(change: Change, spec: UseCase) -> int:
-    from ascent.evaluate.statistics import paired_items_needed  # numpy and scipy load on use
+    from ascent.evaluate.power import paired_items_needed  # numpy and scipy load on use
 
     limits = spec.thresholds
     discordance = (len(change.fixed) + len(change.broken)) / change.n

@@ -226,7 +226,7 @@ def _minimum(evidence: Evidence, have: int, minimum: int, noun: str, key: str) -
 
 
 def _test_data(evidence: Evidence) -> Finding | None:
-    from ascent.evaluate.statistics import paired_items_needed  # numpy and scipy load on use
+    from ascent.evaluate.power import paired_items_needed  # numpy and scipy load on use
 
     spec, have = evidence.spec, evidence.inventory.test_items
     limits = spec.thresholds

@@ -78,24 +78,26 @@ def check_guards(champion: Report, challenger: Report, spec: UseCase) -> list[Gu
     limits, guards = spec.thresholds, spec.metrics.guards
     adjusted = holm(
         {
-            guard.name: compare_noninferior(champion, challenger, guard.name, guard.margin, guard.direction)
+            guard.name: compare_noninferior(
+                champion, challenger, guard.name, guard.margin, guard.direction, like=spec.metrics.primary.name
+            )
             for guard in guards
         }
     )
     checks = []
     for guard in guards:
-        change = compared(champion, challenger, guard.name)
+        change = compared(champion, challenger, guard.name, like=spec.metrics.primary.name)
         missing = _items_to_settle(guard, change, limits.alpha / len(guards), limits.power)
         p_value = float(adjusted[guard.name])
         checks.append(GuardCheck(guard, change, _harm(guard, change), p_value, limits.alpha, missing))
     return checks
 
 
-def compared(champion: Report, challenger: Report, metric: str) -> Change:
-    """Return the paired comparison of one metric."""
+def compared(champion: Report, challenger: Report, metric: str, like: str | None = None) -> Change:
+    """Return the paired comparison of one metric; where nothing changed, `like` tells how alike clustered items are."""
     from ascent.evaluate.statistics import compare  # numpy and scipy load on use
 
-    return compare(champion, challenger, metric)
+    return compare(champion, challenger, metric, like=like)
 
 
 def _harm(guard: Guard, change: Change) -> float:

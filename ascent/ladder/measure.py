@@ -16,7 +16,10 @@ from ascent.records.errors import BadInput, UnknownName
 from ascent.records.files import write_atomic
 
 if TYPE_CHECKING:
+    from ascent.customize.data import Loaded
+    from ascent.evaluate.selective import Abstention
     from ascent.inference.engine import Engine
+    from ascent.records import Task
 
 MARK = "stage.json"
 """Lies in the folder of a tuned model and names the use case and stage that it was tuned for."""
@@ -24,12 +27,16 @@ MARK = "stage.json"
 
 @dataclass(frozen=True)
 class Candidate:
-    """A model to measure. `tuned` tells whether it was tuned for this use case and expects the short prompt."""
+    """A model to measure. `tuned` tells whether it was tuned for this use case and expects the short prompt.
+
+    An answer less confident than `abstain_below` is doubtful.
+    """
 
     name: str
     folder: Path | None
     tuned: bool
     url: str | None = None
+    abstain_below: float = 0.0
 
 
 def measure(
@@ -71,6 +78,7 @@ def measure(
             data=loaded.source,
             stage=stage or candidate.name,
             on_done=progress,
+            abstain_below=candidate.abstain_below,
         )
 
 
@@ -84,7 +92,7 @@ def find_candidate(folder: Path, model: str) -> Candidate:
         if not url or not name:
             raise BadInput(f"{model!r} is not remote:URL#MODEL, such as remote:http://127.0.0.1:8000/v1#my-model")
         return Candidate(name, None, False, url)
-    if (run := latest_run(folder)) is not None and (found := _of_run(run, model)) is not None:
+    if (run := latest_run(folder)) is not None and (found := _of_run(run, model, usecase)) is not None:
         return found
     store = Store()
     try:
@@ -95,7 +103,7 @@ def find_candidate(folder: Path, model: str) -> Candidate:
         from ascent.inference.pull import pull
 
         place = pull(model, store)
-    return Candidate(place.name if Path(model).exists() else model, place, is_tuned(place, usecase))
+    return tuned_candidate(place.name if Path(model).exists() else model, place, usecase)
 
 
 def engine_of(candidate: Candidate) -> Engine:
@@ -110,15 +118,45 @@ def engine_of(candidate: Candidate) -> Engine:
     return TorchEngine.load(candidate.folder, candidate.name)
 
 
-def is_tuned(folder: Path, usecase: UseCase) -> bool:
-    """Whether the model in `folder` was tuned for this use case."""
-    mark = folder / MARK
-    return mark.is_file() and json.loads(mark.read_text()).get("use_case") == usecase.name
+def tuned_candidate(name: str, folder: Path, usecase: UseCase) -> Candidate:
+    """The model in `folder`, with what it was tuned for and the threshold that goes with it."""
+    file = folder / MARK
+    mark = json.loads(file.read_text()) if file.is_file() else {}
+    if mark.get("use_case") != usecase.name:
+        return Candidate(name, folder, False)
+    return Candidate(name, folder, True, abstain_below=float(mark.get("abstain_below", 0.0)))
 
 
-def mark_tuned(folder: Path, usecase: UseCase, stage: str, run: str) -> None:
-    """Note in a model folder what it was tuned for."""
-    write_atomic(folder / MARK, json.dumps({"use_case": usecase.name, "stage": stage, "run": run}, indent=1))
+def mark_tuned(folder: Path, usecase: UseCase, stage: str, run: str, abstain_below: float = 0.0) -> None:
+    """Note in a model folder what it was tuned for, and below which confidence it hands over."""
+    mark = {"use_case": usecase.name, "stage": stage, "run": run, "abstain_below": abstain_below}
+    write_atomic(folder / MARK, json.dumps(mark, indent=1))
+
+
+def calibrate(
+    engine: Engine, usecase: UseCase, validation: Loaded[Task], progress: Callable[[int], None] | None = None
+) -> Abstention:
+    """Choose the confidence below which a tuned model hands over, on the use case's validation items."""
+    from ascent.evaluate.pool import GraderPool
+    from ascent.evaluate.selective import abstention
+    from ascent.evaluate.suite import evaluate
+    from ascent.inference.engine import Sampling
+
+    assert usecase.abstain is not None
+    metric = usecase.abstain.metric
+    with GraderPool(usecase.path(usecase.program), [metric]) as pool:
+        report = evaluate(
+            engine,
+            validation.rows,
+            pool,
+            sampling=Sampling(max_tokens=usecase.sampling.max_tokens, temperature=0),
+            data=validation.source,
+            stage="calibration",
+            on_done=progress,
+        )
+    passing = [(item.confidence, score.value) for item in report.items if (score := item.score(metric)) is not None]
+    known = [(sure, value) for sure, value in passing if sure is not None and value is not None]
+    return abstention([sure for sure, _ in known], [value > 0 for _, value in known], usecase.abstain.risk)
 
 
 def latest_run(folder: Path) -> Path | None:
@@ -127,7 +165,7 @@ def latest_run(folder: Path) -> Path | None:
     return max(runs, key=lambda run: (read_climb(run).started, run.name), default=None)
 
 
-def _of_run(run: Path, model: str) -> Candidate | None:
+def _of_run(run: Path, model: str, usecase: UseCase) -> Candidate | None:
     """Find a stage, or the champion, of a run."""
     climb = read_climb(run)
     name = climb.champion if model == "champion" else model
@@ -139,4 +177,4 @@ def _of_run(run: Path, model: str) -> Candidate | None:
 
         return Candidate(climb.model, Store().resolve(climb.model), False)
     place = run / "stages" / stage.name / "model"
-    return Candidate(str(stage.model), place, True) if place.is_dir() else None
+    return tuned_candidate(str(stage.model), place, usecase) if place.is_dir() else None

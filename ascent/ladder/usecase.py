@@ -54,6 +54,17 @@ class PromptSpec(Part):
     examples: Path | None = None
 
 
+class Abstention(Part):
+    """When a tuned model must hand an answer over: the share of wrong ones among what passes is bounded.
+
+    After training, the confidence threshold is chosen on the validation data so that `metric`, an error rate that does
+    not apply to answers handed over, stays below `risk` with 95 % confidence. The program's `finish` hears the result.
+    """
+
+    metric: str
+    risk: float = Field(gt=0, lt=1)
+
+
 class SamplingSpec(Part):
     """How answers are sampled when they are measured (greedy) and how long they may get."""
 
@@ -206,6 +217,7 @@ class UseCase(Part):
     data: Data
     prompt: PromptSpec = PromptSpec()
     sampling: SamplingSpec = SamplingSpec()
+    abstain: Abstention | None = None
     metrics: Metrics
     reward: str | None = None
     stages: tuple[StageSpec, ...] = Field(min_length=1)
@@ -265,6 +277,12 @@ class UseCase(Part):
         ]
         if self.reward is not None:
             asked.append((self.reward, ("reward",)))
+        if self.abstain is not None:
+            asked.append((self.abstain.metric, ("abstain", "metric")))
+            if self.data.validation is None:
+                raise self._error(
+                    "abstain needs labelled items to choose its threshold on; name them as data.validation", "abstain"
+                )
         for name, loc in asked:
             if name not in known:
                 raise self._error(

@@ -42,6 +42,7 @@ class Workspace:
     test_tuned: Loaded[Task]
     train: Loaded[Demonstration] | None
     labelled: Loaded[Task] | None
+    validation: Loaded[Task] | None
     prompts: Loaded[Task] | None
     preferences: Loaded[Preference] | None
 
@@ -66,7 +67,7 @@ class Workspace:
 
     def sources(self) -> tuple[DataSource, ...]:
         """Every data file in use, with paths relative to the use case."""
-        loaded = (self.test_tuned, self.train, self.prompts, self.preferences)
+        loaded = (self.test_tuned, self.train, self.validation, self.prompts, self.preferences)
         return tuple(self.relative(data.source) for data in loaded if data is not None)
 
     def relative(self, source: DataSource) -> DataSource:
@@ -95,6 +96,7 @@ def open_workspace(folder: Path) -> Workspace:
     test_tuned = tasks_of(usecase, program, test)
     system, files = usecase.prompt.system, usecase.data
     train = usecase.path(files.train) if files.train else None
+    validation = usecase.path(files.validation) if files.validation else None
     prompts = usecase.path(files.prompts) if files.prompts else None
     preferences = usecase.path(files.preferences) if files.preferences else None
     workspace = Workspace(
@@ -105,10 +107,11 @@ def open_workspace(folder: Path) -> Workspace:
         test_tuned=test_tuned,
         train=_distinct(load_demonstrations(train, program=program, system=system)) if train else None,
         labelled=load_tasks(train, program=program, system=system) if train else None,
+        validation=tasks_of(usecase, program, validation) if validation else None,
         prompts=load_tasks(prompts, program=program, system=system) if prompts else None,
         preferences=load_preferences(preferences, program=program, system=system) if preferences else None,
     )
-    for data in (workspace.train, workspace.prompts, workspace.preferences):
+    for data in (workspace.train, workspace.validation, workspace.prompts, workspace.preferences):
         if data is not None:
             check_leakage(data, test_tuned)
     return workspace

@@ -1,6 +1,16 @@
 """Records: what crosses rooms or rests on disk. Imports pydantic only, never torch."""
 
-from ascent.records.learning import Episode, FinishReason, Message, Preference, Role, Score, Task, Unscored
+from ascent.records.learning import (
+    Episode,
+    Feedback,
+    FinishReason,
+    Message,
+    Preference,
+    Role,
+    Score,
+    Task,
+    Unscored,
+)
 from ascent.records.record import Json, Record, digest
 from ascent.records.reporting import (
     Change,
@@ -19,6 +29,7 @@ __all__ = [
     "Decision",
     "Episode",
     "Estimate",
+    "Feedback",
     "FinishReason",
     "Json",
     "Message",

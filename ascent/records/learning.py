@@ -72,7 +72,8 @@ class Episode(Record):
 
     `token_ids` is prompt + completion, captured once at sampling and never re-tokenised; `loss_mask[i]` is True where
     token i was produced by the policy; `logps[i]` is its log-probability under the sampler at sampling temperature
-    (0.0 where the mask is False). All three have the same length.
+    (0.0 where the mask is False). All three have the same length. `confidence` is the probability of the least certain
+    token of the answer, None where the engine gave no log-probs; `doubtful`: it lies below the model's threshold.
     """
 
     task_id: str
@@ -84,6 +85,8 @@ class Episode(Record):
     loss_mask: tuple[bool, ...] = ()
     logps: tuple[float, ...] = ()
     finish: FinishReason = FinishReason.stop
+    confidence: float | None = None
+    doubtful: bool = False
     scores: tuple[Score, ...] = ()
     sample: int = 0
     error: str | None = None
@@ -119,3 +122,14 @@ class Preference(Record):
     chosen_score: float | None = None
     rejected_score: float | None = None
     source: Literal["data", "samples"] = "data"
+
+
+class Feedback(Record):
+    """One answer that was found good or bad, without another to compare it with (a thumb up or down)."""
+
+    id: str
+    messages: tuple[Message, ...]
+    answer: str
+    good: bool
+    input: dict[str, Any] = Field(default_factory=dict)
+    group: str | None = None

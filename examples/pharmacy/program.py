@@ -56,11 +56,11 @@ def prepare(input: dict[str, Any]) -> str:
     return normalise(_sig(input))
 
 
-def finish(text: str, input: dict[str, Any]) -> dict[str, Any]:
+def finish(text: str, input: dict[str, Any], doubtful: bool = False) -> dict[str, Any]:
     """Return components, review reasons and plain words for a model's answer."""
     source = normalise(_sig(input))
     result = assemble(text, source)
-    reasons = review(result, source, input)
+    reasons = review(result, source, input, doubtful=doubtful)
     return {
         **result.components.model_dump(),
         "needs_review": bool(reasons),

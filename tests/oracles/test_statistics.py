@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import optimize, stats
 
+from ascent.evaluate import power
 from ascent.evaluate import statistics as s
 
 quietly = settings(deadline=None, max_examples=60, derandomize=True)
@@ -265,14 +266,14 @@ TABLE = [
 
 @pytest.mark.parametrize(("gain", "discordance", "n"), TABLE)
 def test_paired_items_needed_is_the_table(gain: float, discordance: float, n: int) -> None:
-    assert s.paired_items_needed(gain, discordance) == n
-    assert s.paired_items_needed(-gain, discordance) == n
+    assert power.paired_items_needed(gain, discordance) == n
+    assert power.paired_items_needed(-gain, discordance) == n
 
 
 @pytest.mark.parametrize("discordance", [0.1, 0.2])
 def test_paired_items_needed_gives_the_power_it_promises(discordance: float) -> None:
     """The z form of McNemar's test finds a simulated gain of 2 points in 80 % of 20,000 runs (±0.6 points)."""
-    n = s.paired_items_needed(0.02, discordance)
+    n = power.paired_items_needed(0.02, discordance)
     cells = [(discordance + 0.02) / 2, (discordance - 0.02) / 2, 1 - discordance]
     counts = np.random.default_rng(10).multinomial(n, cells, 20_000)
     fixed, broken = counts[:, 0], counts[:, 1]
@@ -281,9 +282,9 @@ def test_paired_items_needed_gives_the_power_it_promises(discordance: float) -> 
 
 
 def test_items_needed_is_the_published_pair_and_has_its_power() -> None:
-    assert s.items_needed(0.85, 0.88) == 2036
-    assert s.items_needed(0.95, 0.97) == 1506
-    assert s.items_needed(0.88, 0.85) == 2036
+    assert power.items_needed(0.85, 0.88) == 2036
+    assert power.items_needed(0.95, 0.97) == 1506
+    assert power.items_needed(0.88, 0.85) == 2036
     rng = np.random.default_rng(11)
     p1, p2 = rng.binomial(2036, 0.85, 20_000) / 2036, rng.binomial(2036, 0.88, 20_000) / 2036
     mean = (p1 + p2) / 2
@@ -294,9 +295,9 @@ def test_items_needed_is_the_published_pair_and_has_its_power() -> None:
 def test_impossible_designs_are_refused() -> None:
     for gain, discordance in [(0.0, 0.1), (0.2, 0.1), (0.1, 1.5)]:
         with pytest.raises(ValueError, match="discordance"):
-            s.paired_items_needed(gain, discordance)
+            power.paired_items_needed(gain, discordance)
     with pytest.raises(ValueError, match="rates"):
-        s.items_needed(0.5, 0.5)
+        power.items_needed(0.5, 0.5)
     with pytest.raises(ValueError, match="n=3"):
         s.pass_at_k(3, 4, 1)
 
@@ -309,3 +310,28 @@ def test_pass_at_k_counts_the_subsets(n: int, data: st.DataObject) -> None:
     subsets = list(itertools.combinations(samples, k))
     assert s.pass_at_k(n, c, k) == pytest.approx(sum(map(any, subsets)) / len(subsets))
     assert s.pass_all_k(n, c, k) == pytest.approx(sum(map(all, subsets)) / len(subsets))
+
+
+def test_design_effect_is_that_of_kish_for_equal_clusters() -> None:
+    """With clusters of m items and intraclass correlation ρ it is 1 + (m − 1)ρ: m where all are alike, 1 where none."""
+    rng = np.random.default_rng(0)
+    clusters = [index // 10 for index in range(4000)]
+    alike = np.repeat(rng.integers(0, 2, 400), 10).astype(float)
+    assert s.design_effect(alike, clusters) == pytest.approx(10, rel=0.01)
+    assert s.design_effect(rng.integers(0, 2, 4000).astype(float), clusters) == pytest.approx(1, abs=0.15)
+    mixed = np.where(rng.random(4000) < 0.5, alike, rng.integers(0, 2, 4000)).astype(float)
+    assert s.design_effect(mixed, clusters) == pytest.approx(
+        1 + 9 * 0.25, rel=0.15
+    )  # two items share a source with 1/4
+    assert s.design_effect(np.zeros(4000), clusters) is None
+
+
+def test_no_change_among_clustered_items_is_judged_by_the_likeness_of_another_metric() -> None:
+    """Nothing changed on 400 items in 40 clusters: 40 alone could not exclude a loss of 3 points."""
+    clusters = [index // 10 for index in range(400)]
+    same = np.zeros(400)
+    cautious = s.noninferiority_p(same, same, 0.03, clusters=clusters)
+    informed = s.noninferiority_p(same, same, 0.03, clusters=clusters, deff=1.2)
+    assert cautious > 0.1
+    assert informed < 0.01
+    assert s.noninferiority_p(same, same, 0.03, clusters=clusters, deff=10.0) == pytest.approx(cautious)

@@ -16,6 +16,7 @@ Reasons are stable codes:
     catalogue_conflict   the drug's usual route, form or daily maximum says otherwise
     not_in_text          the model wrote a number or word that the text does not hold; that slot was dropped
     unread_text          the text states something that no slot took up
+    unsure               the model was less confident than the threshold that its stage learned on validation items
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from .quantities import number, singular
 
 REASONS = (
     "missing_dose", "missing_frequency", "contradiction", "split_dose", "sequence", "points_elsewhere", "garbled",
-    "max_not_checkable", "implausible_dose", "catalogue_conflict", "not_in_text", "unread_text",
+    "max_not_checkable", "implausible_dose", "catalogue_conflict", "not_in_text", "unread_text", "unsure",
 )  # fmt: skip
 
 SEQUENCE = re.compile(
@@ -60,7 +61,7 @@ _TEXT_STRENGTH = re.compile(
 )
 
 
-def review(result: Assembly, text: str, given: dict[str, Any]) -> list[str]:
+def review(result: Assembly, text: str, given: dict[str, Any], *, doubtful: bool = False) -> list[str]:
     """Return the reasons why a person must look at a direction, in the order of `REASONS`; empty when none."""
     facts = result.components
     found: set[str] = set()
@@ -89,6 +90,8 @@ def review(result: Assembly, text: str, given: dict[str, Any]) -> list[str]:
         found.add("catalogue_conflict")
     if _unread(result, text, sequence):
         found.add("unread_text")
+    if doubtful:
+        found.add("unsure")
     return [reason for reason in REASONS if reason in found]
 
 
