@@ -6,20 +6,25 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from ascent.customize.agentic.harness import Harness, SingleTurn
 from ascent.customize.objectives.credit import is_informative
 from ascent.evaluate.pool import GraderPool
-from ascent.evaluate.suite import episode_of
-from ascent.inference.engine import Engine, Prompt, Sampling
+from ascent.inference.engine import Engine, Sampling
 from ascent.records import Episode, Task
 
 
 @dataclass(frozen=True)
 class Group:
-    """All samples of one task. `rewards[i]` is NaN where the grader gave no value."""
+    """All samples of one task. `rewards[i]` is NaN where the grader gave no value, or where the episode was lost.
+
+    `lost` and `refilled` count attempts that broke off and episodes that replaced them, see `Attempts`.
+    """
 
     task: Task
     episodes: tuple[Episode, ...]
     rewards: tuple[float, ...]
+    lost: int = 0
+    refilled: int = 0
 
     @property
     def informative(self) -> bool:
@@ -34,23 +39,26 @@ def rollout(
     sampling: Sampling,
     reward: str,
     on_done: Callable[[int], None] | None = None,
+    *,
+    harness: Harness | None = None,
 ) -> list[Group]:
-    """Sample `sampling.n` episodes per task and grade them by `reward` (and whatever else the pool grades)."""
-    completions = engine.generate([Prompt(task.messages) for task in tasks], sampling, on_done)
-    pairs = [
-        (task, episode_of(task, completion, engine.model, index))
-        for task, group in zip(tasks, completions, strict=True)
-        for index, completion in enumerate(group)
-    ]
-    graded = pool.grade(pairs)
+    """Sample `sampling.n` episodes per task and grade them by `reward` (and whatever else the pool grades).
+
+    Without a harness an episode is one turn. An environment's own score can be the reward, by the name `environment`.
+    """
+    attempts = (harness or SingleTurn()).run(engine, tasks, sampling, on_done)
+    graded = pool.grade(
+        [(task, episode) for task, group in zip(tasks, attempts, strict=True) for episode in group.episodes]
+    )
     groups = []
-    for index, task in enumerate(tasks):
+    for index, (task, group) in enumerate(zip(tasks, attempts, strict=True)):
         episodes = tuple(graded[index * sampling.n : (index + 1) * sampling.n])
-        groups.append(Group(task, episodes, tuple(reward_of(episode, reward) for episode in episodes)))
+        rewards = tuple(reward_of(episode, reward) for episode in episodes)
+        groups.append(Group(task, episodes, rewards, group.lost, group.refilled))
     return groups
 
 
 def reward_of(episode: Episode, name: str) -> float:
-    """The episode's reward, NaN when it was not scored."""
-    score = episode.score(name)
+    """The episode's reward, NaN when it was lost or not scored."""
+    score = episode.score(name) if episode.error is None else None
     return math.nan if score is None or score.value is None else score.value

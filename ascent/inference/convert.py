@@ -12,7 +12,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict
 
@@ -35,12 +35,74 @@ class Facts(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    kind: Literal["base", "adapter"]
+    kind: Literal["base", "adapter", "embedder"]
     family: str
     parameters: int
     dtype: str
     context: int = 0
     base: str | None = None
+
+
+class EmbedderConfig(BaseModel):
+    """How a folder in sentence-transformers layout says that a text becomes a vector.
+
+    Attributes:
+        pooling: mean over the tokens of the attention mask, or the first token.
+        normalise: whether vectors are divided by their L2 norm.
+        max_tokens: longer texts are cut off, special tokens included.
+        prompts: what goes before a text by its role, such as `query` and `document`.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    pooling: Literal["mean", "cls"]
+    normalise: bool
+    max_tokens: int
+    prompts: dict[str, str]
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> Self:
+        """Read `modules.json` and what it names, in the forms of sentence-transformers 2 to 6.
+
+        Raises:
+            BadInput: the modules are not a transformer, then mean or first-token pooling, then nothing or L2 norm.
+            Corrupt: a JSON file is missing or does not parse.
+        """
+        path = folder / "modules.json"
+        try:
+            modules = json.loads(path.read_text(encoding="utf-8"))
+            kinds = [str(module["type"]).rpartition(".")[2] for module in modules]
+            places = [folder / module["path"] for module in modules]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise Corrupt(f"{path}: is not a list of modules ({error!r}); fetch it again") from error
+        if kinds not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]) or places[0] != folder:
+            raise BadInput(
+                f"{path}: the modules are {', '.join(kinds) or 'none'}; an embedder is a Transformer in the folder "
+                f"itself, a Pooling and, if vectors are to have length 1, a Normalize"
+            )
+        optional = (folder / name for name in ("sentence_bert_config.json", "config_sentence_transformers.json"))
+        transformer, general = (_read_json(file) if file.is_file() else {} for file in optional)
+        limits = [_read_json(folder / "config.json").get("max_position_embeddings")]
+        if (folder / "tokenizer_config.json").is_file():
+            limits.append(_read_json(folder / "tokenizer_config.json").get("model_max_length"))
+        longest = transformer.get("max_seq_length") or min((int(limit) for limit in limits if limit), default=512)
+        prompts = {name: text for name, text in (general.get("prompts") or {}).items() if text}
+        return cls(
+            pooling=_pooling(places[1] / "config.json"), normalise=len(kinds) == 3, max_tokens=longest, prompts=prompts
+        )
+
+
+def _pooling(path: Path) -> Literal["mean", "cls"]:
+    config = _read_json(path)
+    active = [name.removeprefix("pooling_mode_") for name, on in config.items() if on is True and "mode_" in name]
+    modes = active or [str(config.get("pooling_mode"))]
+    if not config.get("include_prompt", True):
+        raise BadInput(f"{path}: field 'include_prompt' is false; only pooling over all tokens is supported")
+    if modes in (["mean"], ["mean_tokens"]):
+        return "mean"
+    if modes in (["cls"], ["cls_token"]):
+        return "cls"
+    raise BadInput(f"{path}: pools by {modes}; only mean pooling and first-token (cls) pooling are supported")
 
 
 def import_model(
@@ -54,7 +116,7 @@ def import_model(
     base: str | None = None,
     dtype: Dtype | None = None,
 ) -> Path:
-    """Bring a GGUF file, a safetensors folder or an adapter folder into the store; return the stored folder.
+    """Bring a GGUF file, a safetensors folder, an adapter or an embedder into the store; return the stored folder.
 
     Args:
         path: the GGUF file or the folder.
@@ -123,7 +185,7 @@ def convert_gguf(gguf: Path, out: Path, *, dtype: Dtype | None = None) -> None:
 
     place = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     try:
-        with _without_bars():
+        with without_bars():
             tokenizer = AutoTokenizer.from_pretrained(**place)
             loaded = AutoModelForCausalLM.from_pretrained(
                 **place,
@@ -151,17 +213,17 @@ def convert_gguf(gguf: Path, out: Path, *, dtype: Dtype | None = None) -> None:
     model.generation_config = loaded.generation_config
     for holder in (model.config, model.generation_config):
         holder.pad_token_id = tokenizer.pad_token_id
-    with _without_bars():
+    with without_bars():
         model.save_pretrained(out, max_shard_size="1000GB")
     tokenizer.save_pretrained(out)
     _forget_paths(out)
 
 
 def inspect_folder(folder: Path) -> Facts:
-    """Check that a folder holds a causal language model or an adapter, and return what its headers say.
+    """Check that a folder holds a causal language model, an adapter or an embedder; return what its headers say.
 
     Raises:
-        BadInput: a file or a field is missing, or the architecture is not a causal language model.
+        BadInput: a file or a field is missing, or the folder is none of the three.
         Corrupt: a weights file is cut off or a JSON file does not parse.
     """
     if (folder / "adapter_config.json").is_file():
@@ -175,10 +237,11 @@ def inspect_folder(folder: Path) -> Facts:
     if not family:
         raise BadInput(f"{folder / 'config.json'}: field 'model_type' is missing; it names the architecture")
     architectures = config.get("architectures") or []
-    if not any(str(name).endswith(("ForCausalLM", "LMHeadModel")) for name in architectures):
+    embedder = EmbedderConfig.from_folder(folder) if (folder / "modules.json").is_file() else None
+    if embedder is None and not any(str(name).endswith(("ForCausalLM", "LMHeadModel")) for name in architectures):
         raise BadInput(
             f"{folder / 'config.json'}: field 'architectures' is {architectures}; a causal language model "
-            f"(…ForCausalLM) is needed"
+            f"(…ForCausalLM) is needed, or modules.json that makes the folder an embedder"
         )
     if "quantization_config" in config:
         raise BadInput(
@@ -188,6 +251,8 @@ def inspect_folder(folder: Path) -> Facts:
     if not any((folder / file).is_file() for file in TOKENIZER_FILES):
         raise BadInput(f"{folder}: has no tokenizer ({', '.join(TOKENIZER_FILES)}); copy it from the model's release")
     parameters, dtype = _weights(_weight_files(folder))
+    if embedder is not None:
+        return Facts(kind="embedder", family=family, parameters=parameters, dtype=dtype, context=embedder.max_tokens)
     context = int(config.get("max_position_embeddings") or config.get("n_positions") or 0)
     return Facts(kind="base", family=family, parameters=parameters, dtype=dtype, context=context)
 
@@ -270,7 +335,8 @@ def _weights(files: list[Path]) -> tuple[int, str]:
     main = max(counts, key=lambda dtype: counts[dtype])
     if main not in _SAFETENSORS_DTYPES:
         raise BadInput(f"{files[0]}: holds {main} tensors; floating-point weights are needed")
-    return sum(counts.values()), _SAFETENSORS_DTYPES[main]
+    floats = (size for dtype, size in counts.items() if dtype in _SAFETENSORS_DTYPES)
+    return sum(floats), _SAFETENSORS_DTYPES[main]
 
 
 def _safetensors_header(file: Path) -> dict[str, Any]:
@@ -328,7 +394,7 @@ def _restore_pre_tokenizer(tokenizer: Any, name: str) -> None:
 
 
 @contextlib.contextmanager
-def _without_bars() -> Iterator[None]:
+def without_bars() -> Iterator[None]:
     """Keep transformers' own progress bars off the terminal; they would tear the caller's display."""
     from transformers import modeling_gguf_pytorch_utils as reader
     from transformers.utils import logging
@@ -357,7 +423,7 @@ def _forget_paths(folder: Path) -> None:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise Corrupt(f"{path}: is not JSON ({error}); fetch it again") from error
     if not isinstance(content, dict):
         raise Corrupt(f"{path}: must hold a JSON object; fetch it again")

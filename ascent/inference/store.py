@@ -103,8 +103,8 @@ class Store:
             raise BadInput(f"{name!r} cannot name a model; use letters, digits, '.', '_' and '-'")
         if not any((folder / mark).is_file() for mark in MODEL_MARKS):
             raise BadInput(f"{folder} is not a model folder: it has neither {' nor '.join(MODEL_MARKS)}")
-        manifest = _manifest(folder)
-        sha256 = digest(manifest)
+        files = manifest(folder)
+        sha256 = digest(files)
         target = self.models / f"{name}@{sha256[:12]}"
         with self.lock("store"):
             recover_folder(target)
@@ -113,14 +113,14 @@ class Store:
             if (target / CARD).is_file():
                 return target
             if not consume:
-                require_space(self.models, sum((folder / file).stat().st_size for file in manifest), f"model {name!r}")
+                require_space(self.models, sum((folder / file).stat().st_size for file in files), f"model {name!r}")
             with folder_atomic(target) as scratch:
-                for file in manifest:
+                for file in files:
                     (scratch / file).parent.mkdir(parents=True, exist_ok=True)
                     (shutil.move if consume else shutil.copyfile)(folder / file, scratch / file)
                 stamp = card.created or datetime.now(UTC).isoformat()
                 stored = card.model_copy(update={"id": target.name, "sha256": sha256, "created": stamp})
-                (scratch / FILES).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+                (scratch / FILES).write_text(json.dumps(files, indent=1) + "\n", encoding="utf-8")
                 (scratch / CARD).write_text(stored.to_json(indent=1) + "\n", encoding="utf-8")
         return target
 
@@ -139,7 +139,7 @@ class Store:
             raise Corrupt(f"{folder / FILES}: not readable ({error}); {remedy}") from error
         if digest(expected) != card.sha256:
             raise Corrupt(f"{folder / FILES}: does not have the sha256 {card.sha256} of the card; {remedy}")
-        found = _manifest(folder)
+        found = manifest(folder)
         for file in sorted(expected.keys() | found.keys()):
             if file not in found:
                 raise Corrupt(f"{folder / file}: is missing; {remedy}")
@@ -202,15 +202,15 @@ def require_space(place: Path, needed: int, what: str) -> None:
         )
 
 
-def _base(model_id: str) -> str:
-    return model_id.partition("@")[0]
-
-
-def _manifest(folder: Path) -> dict[str, str]:
-    """Return relative path → sha256 of a model's files."""
+def manifest(folder: Path) -> dict[str, str]:
+    """Return relative path → sha256 of a model's files, without hidden ones, card and file list."""
     found = {}
     for file in sorted(folder.rglob("*")):
         relative = file.relative_to(folder)
         if file.is_file() and not any(part.startswith(".") for part in relative.parts):
             found[relative.as_posix()] = file
     return {name: sha256_file(file) for name, file in found.items() if name not in (CARD, FILES)}
+
+
+def _base(model_id: str) -> str:
+    return model_id.partition("@")[0]

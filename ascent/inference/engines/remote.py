@@ -79,7 +79,12 @@ class RemoteEngine:
         lock = threading.Lock()
 
         def work(index: int) -> list[Completion]:
-            found = self._samples(prompts[index], _stream_seed(sampling.seed, index, prompts[index]), sampling)
+            prompt = prompts[index]
+            place = (
+                (sampling.seed, index) if prompt.seed is None else (prompt.seed, 0)
+            )  # its own stream, wherever it is
+            seed = _stream_seed(*place, prompt)
+            found = self._samples(prompt, seed, sampling)
             if on_done is not None:
                 with lock:
                     for _ in found:

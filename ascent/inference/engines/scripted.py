@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from ascent.inference.chat import Renderer
 from ascent.inference.engine import Completion, Prompt, Sampling
-from ascent.records import FinishReason, Message
+from ascent.records import FinishReason
 from ascent.records.errors import BadInput
 
 Script = Mapping[str, str | Sequence[str]] | Callable[[Prompt], str | Sequence[str]]
@@ -60,9 +60,8 @@ class ScriptedEngine:
         text = text[: min(places)] if places else text
         if self.renderer is None:
             return Completion(text=text)
-        prompt_ids = tuple(self.renderer.prompt_ids(prompt.messages))
-        turn = self.renderer.render((*prompt.messages, Message(role="assistant", content=text)))
-        tokens = turn.token_ids[len(prompt_ids) :]
+        prompt_ids = tuple(self.renderer.tokens_of(prompt))
+        tokens = tuple(self.renderer.answer_ids(text))
         finish = FinishReason.stop
         if len(tokens) > sampling.max_tokens:
             tokens, finish = tokens[: sampling.max_tokens], FinishReason.length

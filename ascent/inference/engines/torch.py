@@ -40,28 +40,47 @@ class TorchEngine:
         sampling: Sampling,
         on_done: Callable[[int], None] | None = None,
     ) -> list[list[Completion]]:
-        """Sample. Raises `BadInput` when a prompt and `max_tokens` together exceed the model's context."""
-        if not prompts:
-            return []
-        ids = [self.renderer.prompt_ids(prompt.messages) for prompt in prompts]
-        limit = self.decoder.config.context
-        for index, tokens in enumerate(ids):
-            if len(tokens) + sampling.max_tokens > limit:
+        """Sample. Raises `BadInput` when a fresh prompt and `max_tokens` together exceed the model's context."""
+        ids = [self.renderer.tokens_of(prompt) for prompt in prompts]
+        room = [len(tokens) + sampling.max_tokens <= self.decoder.config.context for tokens in ids]
+        for index, (prompt, fits) in enumerate(zip(prompts, room, strict=True)):
+            if not fits and not prompt.token_ids:
                 raise BadInput(
-                    f"prompt {index} has {len(tokens)} tokens and max_tokens is {sampling.max_tokens}; together they "
-                    f"exceed the context of {limit}. Shorten the prompt or lower max_tokens"
+                    f"prompt {index} has {len(ids[index])} tokens and max_tokens is {sampling.max_tokens}; together "
+                    f"they exceed the context of {self.decoder.config.context}. Shorten the prompt or lower max_tokens"
                 )
+        fitting = [index for index, fits in enumerate(room) if fits]
+        sampled = self._sample(prompts, ids, fitting, sampling, on_done)
+        if on_done is not None and len(fitting) < len(prompts):
+            on_done(sampling.n * (len(prompts) - len(fitting)))
+        full = [Completion("", finish=FinishReason.length, prompt_ids=tuple(tokens)) for tokens in ids]
+        return [sampled.get(index, [full[index]] * sampling.n) for index in range(len(prompts))]
+
+    def _sample(
+        self,
+        prompts: Sequence[Prompt],
+        ids: Sequence[list[int]],
+        fitting: Sequence[int],
+        sampling: Sampling,
+        on_done: Callable[[int], None] | None,
+    ) -> dict[int, list[Completion]]:
+        """Sample the prompts at the `fitting` places; the result is keyed by place."""
+        if not fitting:
+            return {}
         stopped = (lambda tokens: self._cut(tokens, sampling.stop) is not None) if sampling.stop else None
         rows = sample_rows(
             self.decoder,
-            ids,
+            [ids[index] for index in fitting],
             sampling,
             Ending(frozenset(self.renderer.end_ids), stopped),
-            seeds=[stream_seed(sampling.seed, tokens, index) for index, tokens in enumerate(ids)],
+            seeds=[_seed_of(prompts[index], sampling.seed, ids[index], index) for index in fitting],
             rows_in_flight=self.rows_in_flight,
             on_done=on_done,
         )
-        return [[self._completion(row, ids[row.prompt], sampling) for row in group] for group in rows]
+        return {
+            index: [self._completion(row, ids[index], sampling) for row in group]
+            for index, group in zip(fitting, rows, strict=True)
+        }
 
     def synchronise(self, trained: Decoder) -> str:
         """Copy the trained policy (base + adapter, merged) into this sampling copy and return its hash."""
@@ -101,6 +120,10 @@ def stream_seed(seed: int, tokens: Sequence[int], index: int) -> int:
     """A seed for one prompt that depends on the call's seed, the prompt's tokens and its place, nothing else."""
     text = f"{seed}:{index}:{','.join(map(str, tokens))}"
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6])
+
+
+def _seed_of(prompt: Prompt, seed: int, tokens: Sequence[int], index: int) -> int:
+    return stream_seed(seed, tokens, index) if prompt.seed is None else stream_seed(prompt.seed, tokens, 0)
 
 
 def _other_weights(model: Decoder) -> list[torch.Tensor]:
