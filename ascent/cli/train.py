@@ -13,12 +13,23 @@ from ascent.cli.console import note, say
 
 if TYPE_CHECKING:
     from ascent.customize.data import DataRow, Loaded
-    from ascent.customize.recipes import Recipe
+    from ascent.customize.recipes import Recipe, SupervisedRecipe
     from ascent.customize.train import TrainingData
     from ascent.evaluate.program import Program
 
 RECIPE_COPY = "recipe.json"
-SHOWN = ("loss", "nll", "accuracy", "margin", "reward", "kl", "entropy", "clip_fraction", "informative_groups")
+SHOWN = (
+    "loss",
+    "nll",
+    "divergence",
+    "accuracy",
+    "margin",
+    "reward",
+    "kl",
+    "entropy",
+    "clip_fraction",
+    "informative_groups",
+)
 """What the progress line shows of a step's numbers; metrics.jsonl has all of them."""
 
 
@@ -46,14 +57,18 @@ def command(recipe_file: Path, out: Path | None, resume: bool) -> None:
 
 def _run(recipe: Recipe, folder: Path) -> None:
     from ascent.cli.engines import model_folder
+    from ascent.customize.plan import plan, record_outcome
     from ascent.customize.train import train
     from ascent.inference.store import Store
 
     data = training_data(recipe)
     start = model_folder(recipe.model, Store())
+    planned = plan(recipe, start, data)
     with contextlib.ExitStack() as stack:
         card = train(recipe, start, data, folder, report=_progress(recipe.algorithm, stack), announce=_announce)
+    outcome = record_outcome(planned, card, folder)
     size = f"at most {card.peak_rss_mb:,.0f} MB"
+    note(f"planned: {outcome.predicted['seconds']:.0f} s, {outcome.predicted['peak_mb']:,.0f} MB")
     say(f"trained {card.steps} steps on {card.tokens:,} tokens in {card.seconds:.0f} s, {size}")
     say(f"model: {folder / 'model'}")
     say(f"talk to it: ascent chat {folder / 'model'}")
@@ -68,20 +83,51 @@ def training_data(recipe: Recipe) -> TrainingData:
         BadData: a row is malformed; the message has file, line and field.
         BadInput: the program does not load.
     """
-    from ascent.customize.data import load_demonstrations, load_preferences, load_tasks
-    from ascent.customize.recipes import DpoRecipe, SftRecipe
+    from ascent.customize import data
+    from ascent.customize.objectives.rows import PreferenceRow
+    from ascent.customize.recipes import PreferenceRecipe, SupervisedRecipe
     from ascent.customize.train import TrainingData
     from ascent.evaluate.program import Program
 
     program = Program.load(recipe.program) if recipe.program is not None else None
-    if isinstance(recipe, SftRecipe):
-        demonstrations, sources = _mixed(recipe, recipe.data, load_demonstrations, program)
-        return TrainingData(conversations=[row.messages for row in demonstrations], sources=sources)
-    if isinstance(recipe, DpoRecipe):
-        preferences, sources = _mixed(recipe, recipe.data, load_preferences, program)
+    if isinstance(recipe, SupervisedRecipe):
+        if recipe.algorithm == "distill_sequence":
+            return _answers_of_teacher(recipe, program)
+        texts, sources = _mixed(recipe, recipe.data, data.load_texts, program)
+        return TrainingData(
+            conversations=[row.messages for row in texts if row.messages],
+            documents=[row.text for row in texts if row.text],
+            sources=sources,
+        )
+    if isinstance(recipe, PreferenceRecipe):
+        row = recipe.row
+        if isinstance(row, PreferenceRow) and row.pairing == "unpaired":
+            feedback, sources = _mixed(recipe, recipe.data, data.load_feedback, program)
+            return TrainingData(feedback=feedback, sources=sources)
+        preferences, sources = _mixed(recipe, recipe.data, data.load_preferences, program)
         return TrainingData(preferences=preferences, sources=sources)
-    tasks, sources = _mixed(recipe, recipe.prompts, load_tasks, program)
+    tasks, sources = _mixed(recipe, recipe.prompts, data.load_tasks, program)
     return TrainingData(tasks=tasks, sources=sources)
+
+
+def _answers_of_teacher(recipe: SupervisedRecipe, program: Program | None) -> TrainingData:
+    """Ask the teacher every prompt and keep what is to be learnt from.
+
+    Raises:
+        BadInput: the recipe names no teacher, or no answer is good enough.
+    """
+    from ascent.cli.engines import open_engine
+    from ascent.customize.data import load_tasks
+    from ascent.customize.distill import teacher_answers
+    from ascent.customize.train import TrainingData
+    from ascent.records.errors import BadInput
+
+    if recipe.teacher is None:
+        raise BadInput("row distill_sequence needs a teacher; give teacher: {model: …}")
+    tasks, sources = _mixed(recipe, recipe.data, load_tasks, program)
+    engine = open_engine(recipe.teacher.model)
+    conversations = teacher_answers(engine, tasks, recipe.teacher, recipe.program, recipe.seed)
+    return TrainingData(conversations=conversations, sources=sources)
 
 
 def _mixed(recipe: Recipe, parts: Any, load: Callable[..., Loaded[Any]], program: Program | None) -> Any:

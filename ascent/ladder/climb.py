@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from ascent.ladder.evidence import Evidence, Inventory, Probe, Spend, VerifierCheck
 from ascent.ladder.gates import after_stage, before_stage
-from ascent.ladder.measure import Candidate, engine_of, mark_tuned
+from ascent.ladder.measure import Candidate, calibrate, engine_of, mark_tuned, tuned_candidate
 from ascent.ladder.runs import CLIMB, USECASE, ClimbRecord, StageRecord, read_climb, read_stage_report
-from ascent.ladder.stages import forecast, pairs_from_samples, recipe_of
+from ascent.ladder.stages import pairs_from_samples, recipe_of
 from ascent.ladder.usecase import StageSpec, UseCase
 from ascent.ladder.workspace import Workspace, check_context, open_workspace
 from ascent.observe.progress import Progress
@@ -93,7 +93,6 @@ class _Ascent:
     progress: StartProgress
     say: Say
     _samples: dict[str, list[Group]] = field(default_factory=dict)
-    _peak_flops: float | None = None
 
     @property
     def usecase(self) -> UseCase:
@@ -126,8 +125,10 @@ class _Ascent:
         training = time.monotonic()
         candidate, card = self._train(stage)
         unseen = 0.0 if card is None else max(0.0, card.seconds - (time.monotonic() - training))
+        candidate, doubt = self._calibrate(stage, candidate)
         report = self._measure(stage, candidate)
         verdict = after_stage(self._champion_report(), report, self.usecase)
+        verdict = verdict.model_copy(update={"reasons": (*verdict.reasons, *doubt)})
         self._tell(verdict)
         seconds = time.monotonic() - started + unseen  # a resumed stage also spent time in an earlier process
         from ascent.evaluate.log import write_report
@@ -191,14 +192,14 @@ class _Ascent:
             evidence = replace(evidence, verifier=self._check_verifier())
         quick = before_stage(replace(evidence, inventory=_plenty(evidence.inventory)) if needs_samples else evidence)
         if quick.decision is not Decision.GO or not needs_samples:
-            return before_stage(replace(evidence, forecast=self._forecast(stage, evidence.inventory)))
+            return before_stage(replace(evidence, forecast=self._forecast(stage)))
         groups = self._sample_champion()
         if stage.kind == "dpo":
             pairs = len(pairs_from_samples(groups))
             evidence = replace(evidence, inventory=replace(evidence.inventory, pairs=pairs))
         else:
             evidence = replace(evidence, probe=probe_of(groups))
-        return before_stage(replace(evidence, forecast=self._forecast(stage, evidence.inventory)))
+        return before_stage(replace(evidence, forecast=self._forecast(stage)))
 
     def _check_verifier(self) -> VerifierCheck | None:
         """Try the reward on reference answers: the right one must score above another item's answer."""
@@ -226,25 +227,24 @@ class _Ascent:
         agreed = sum(right > wrong for right, wrong in zip(values[:half], values[half:], strict=True))
         return VerifierCheck(items=half, agreed=agreed)
 
-    def _forecast(self, stage: StageSpec, inventory: Inventory) -> Spend:
-        """Forecast from token counts and this machine's measured rate."""
-        recipe = recipe_of(self.usecase, stage, self.record.model, self.record.seed)
-        train = self.workspace.train
-        if train is None:
-            return Spend()
-        from ascent.customize.recipes import OnlineRecipe
+    def _forecast(self, stage: StageSpec) -> Spend:
+        """Forecast a stage from its own data on this machine; nothing where the data is not there yet."""
+        from ascent.customize.plan import plan
 
-        characters = sum(len(m.content) for d in train for m in d.messages)
-        mean_tokens = characters / len(train) / 3.0 + 12
-        if isinstance(recipe, OnlineRecipe):
-            sequences = recipe.steps * recipe.prompts_per_step * recipe.group_size / recipe.minibatches
-        else:
-            rows = inventory.labels if stage.kind == "sft" else 2 * inventory.pairs
-            sequences = recipe.epochs * rows
-        if self._peak_flops is None:
-            self._peak_flops = matmul_rate()
-        parameters = self._parameters()
-        return forecast(self.usecase, stage.kind, sequences * mean_tokens, parameters, self._peak_flops)
+        sampled = stage.kind == "dpo" and self.workspace.preferences is None
+        if sampled and str(self.record.champion) not in self._samples:
+            return Spend()
+        needed = {"sft": self.workspace.train, "online": self.workspace.prompts}.get(stage.kind, ())
+        if needed is None:
+            return Spend()
+        start = self._candidate(str(self.record.champion))
+        assert start.folder is not None
+        recipe = recipe_of(self.usecase, stage, start.name, self.record.seed)
+        data = self._training_data(stage)
+        if not (data.conversations or data.preferences or data.tasks):
+            return Spend()
+        found = plan(recipe, start.folder, data, price_per_hour=self.usecase.costs.machine_per_hour)
+        return Spend(seconds=found.total_seconds, cost=found.cost or 0.0)
 
     # ── work ───────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -252,6 +252,7 @@ class _Ascent:
         """Train the stage from the champion's weights; the prompted stage trains nothing."""
         if stage.kind == "prompt":
             return self._candidate(stage.name), None
+        from ascent.customize.plan import plan, record_outcome
         from ascent.customize.train import train
 
         start = self._candidate(str(self.record.champion))
@@ -269,7 +270,9 @@ class _Ascent:
             def announce(facts: dict[str, object]) -> None:
                 self.say(f"{stage.name}: " + ", ".join(f"{k} {v}" for k, v in facts.items()))
 
+            planned = plan(recipe, start.folder, data)
             card = train(recipe, start.folder, data, folder, report=report, announce=announce)
+            record_outcome(planned, card, folder)
         mark_tuned(folder / "model", self.usecase, stage.name, self.run_folder.name)
         gc.collect()
         return self._candidate(stage.name), card
@@ -289,6 +292,16 @@ class _Ascent:
             return TrainingData(preferences=pairs_from_samples(self._sample_champion()), sources=self._prompt_source())
         assert workspace.prompts is not None
         return TrainingData(tasks=workspace.prompts.rows, sources=self._prompt_source())
+
+    def _calibrate(self, stage: StageSpec, candidate: Candidate) -> tuple[Candidate, tuple[str, ...]]:
+        """Give a tuned model its abstention threshold, and say in a sentence what it rests on."""
+        validation = self.workspace.validation
+        if self.usecase.abstain is None or validation is None or not candidate.tuned or candidate.folder is None:
+            return candidate, ()
+        with self.progress(f"{stage.name}: calibrating", len(validation)) as line:
+            chosen = calibrate(engine_of(candidate), self.usecase, validation, line.advance)
+        mark_tuned(candidate.folder, self.usecase, stage.name, self.run_folder.name, chosen.below)
+        return self._candidate(stage.name), (chosen.sentence,)
 
     def _measure(self, stage: StageSpec, candidate: Candidate) -> Report:
         """Answer every held-out item greedily and grade it."""
@@ -310,6 +323,7 @@ class _Ascent:
                 data=self.workspace.relative(tests.source),
                 stage=stage.name,
                 on_done=line.advance,
+                abstain_below=candidate.abstain_below,
             )
 
     def _sample_champion(self) -> list[Group]:
@@ -343,7 +357,7 @@ class _Ascent:
         if spec.kind == "prompt":
             return Candidate(self.record.model, base_folder(self.record.model, self.progress), False)
         name = f"{self.usecase.name}-{stage}-seed{self.record.seed}"
-        return Candidate(name, self.run_folder / "stages" / stage / "model", True)
+        return tuned_candidate(name, self.run_folder / "stages" / stage / "model", self.usecase)
 
     def _champion_report(self) -> Report | None:
         found = next((s for s in self.record.stages if s.name == self.record.champion), None)
@@ -352,11 +366,6 @@ class _Ascent:
     def _prompt_source(self) -> tuple[Any, ...]:
         prompts = self.workspace.prompts
         return () if prompts is None else (self.workspace.relative(prompts.source),)
-
-    def _parameters(self) -> int:
-        from ascent.inference.store import Store
-
-        return max(1, Store().card(self.record.model).parameters)
 
     def _register(self, candidate: Candidate) -> Path:
         """Copy the champion into the model store; the prompted base is there already."""
@@ -421,20 +430,6 @@ def probe_of(groups: list[Group]) -> Probe:
         pass_1=sum(pass_1) / count,
         pass_k=sum(pass_k) / count,
     )
-
-
-def matmul_rate(seconds: float = 0.3) -> float:
-    """This machine's bf16 matrix-product rate in operations per second, measured for `seconds`."""
-    import torch
-
-    size = 1024
-    a, b = (torch.randn(size, size).bfloat16() for _ in range(2))
-    a @ b
-    done, started = 0, time.monotonic()
-    while time.monotonic() - started < seconds:
-        a @ b
-        done += 1
-    return 2 * size**3 * done / (time.monotonic() - started)
 
 
 def base_folder(model: str, progress: StartProgress) -> Path:

@@ -1,4 +1,4 @@
-"""What a stage does: its recipe with this use case's values, its forecast, and its training data."""
+"""What a stage does: its recipe with this use case's values, and its training data."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from ascent.ladder.evidence import Spend
 from ascent.ladder.usecase import StageSpec, UseCase
 from ascent.records import Preference
 from ascent.records.errors import BadRecipe, nearest
@@ -89,16 +88,3 @@ def pairs_from_samples(groups: Sequence[Group]) -> list[Preference]:
             )
         )
     return pairs
-
-
-FLOPS_PER_PARAMETER = {"sft": 4.0, "dpo": 6.0, "online": 6.0}
-"""Operations per parameter and token: 2 forward, 2 backward on a frozen base, 2 for a reference or sampling pass."""
-
-EFFICIENCY = 0.4
-"""Share of the measured matrix-product peak that a whole step reaches; the record shows forecast beside actual."""
-
-
-def forecast(usecase: UseCase, kind: str, tokens: float, parameters: int, peak_flops: float) -> Spend:
-    """Forecast a training stage from its token count and this machine's measured matrix-product rate."""
-    seconds = tokens * parameters * FLOPS_PER_PARAMETER.get(kind, 2.0) / (EFFICIENCY * peak_flops)
-    return Spend(seconds=seconds, cost=usecase.costs.machine(seconds))
