@@ -20,7 +20,18 @@ from pydantic_core import PydanticUndefined
 
 from ascent.cli.main import cli
 from ascent.customize.objectives.rows import ROWS
-from ascent.customize.recipes import DataSpec, DpoRecipe, LoraSpec, OnlineRecipe, OptimSpec, SftRecipe
+from ascent.customize.recipes import (
+    DataSpec,
+    HarnessSpec,
+    JudgeSpec,
+    LoraSpec,
+    OnlineRecipe,
+    OptimSpec,
+    PreferenceRecipe,
+    RewardSpec,
+    SupervisedRecipe,
+    TeacherSpec,
+)
 from ascent.ladder import usecase
 from ascent.ladder.priors import SOURCE, DpoPrior, Priors, PromptPrior, RlPrior, SftPrior
 from ascent.ladder.usecase import Thresholds, UseCase
@@ -40,6 +51,7 @@ USECASE_KEYS = {
     "data": "The data files.",
     "prompt": "What the model is told.",
     "sampling": "How answers are sampled.",
+    "abstain": "When a tuned model hands an answer over because it is unsure.",
     "metrics": "What decides and what is shown.",
     "reward": "The grader whose value reinforcement learning raises, and by which preference pairs are made.",
     "stages": "The rungs, in order: prompt, sft, dpo, then grpo or dapo. Each is a row's name or a mapping.",
@@ -110,7 +122,9 @@ def recipes_page() -> str:
         "`algorithm` names the row ([algorithms](algorithms.md)) and thereby the fields that are allowed. An unknown",
         "key is an error that names the nearest valid one. Paths are relative to the recipe.\n",
     ]
-    for kind in (SftRecipe, DpoRecipe, OnlineRecipe, DataSpec, LoraSpec, OptimSpec):
+    recipes = (SupervisedRecipe, PreferenceRecipe, OnlineRecipe)
+    sections = (DataSpec, LoraSpec, OptimSpec, TeacherSpec, RewardSpec, JudgeSpec, HarnessSpec)
+    for kind in (*recipes, *sections):
         parts += [f"## {kind.__name__}\n", f"{kind.__doc__}\n", fields_table(kind)]
     return "\n".join(parts)
 
@@ -160,6 +174,7 @@ def usecase_page() -> str:
         usecase.Data,
         usecase.PromptSpec,
         usecase.SamplingSpec,
+        usecase.Abstention,
         usecase.Metrics,
         usecase.Primary,
         usecase.Guard,

@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from laws.helpers import write_tiny_model, write_use_case
 
+from ascent.inference.store import Store
+
 torch.set_num_threads(1)  # sums round by thread count, and some tests compare with a one-thread process bit for bit
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A store of the tests' own, so that nothing they learn of this machine is kept; stored models are seen from it."""
+    real, home = Store().models, tmp_path_factory.mktemp("home")
+    if real.is_dir():
+        (home / "models").symlink_to(real)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ASCENT_HOME", str(home))
+        yield
 
 
 @pytest.fixture(scope="session")

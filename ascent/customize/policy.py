@@ -1,26 +1,41 @@
-"""The model under training: one function, `score`, is all an algorithm ever sees of it."""
+"""The model under training: `measure` is all an algorithm ever sees of it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ascent.customize.batch import TokenBatch, TrainSequence, micro_batches
+from ascent.customize.batch import Scored, TokenBatch, TrainSequence, micro_batches
 from ascent.inference import lora
 from ascent.inference.decoder import Decoder, load_decoder
-from ascent.inference.head import logp_and_entropy
+from ascent.inference.head import Distance, divergence, logp_and_entropy
+from ascent.inference.tensors import write_tensors
+from ascent.records.errors import BadInput
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+HEAD = "head.safetensors"
+HeadKind = Literal["value", "reward"]
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A frozen model to learn from: its log-probs of sampled tokens, or, with a `distance`, its whole distribution."""
+
+    decoder: Decoder
+    distance: Distance | None = None
 
 
 class Policy:
     """A decoder with its trainable parameters: a fresh LoRA adapter on a frozen base, or all weights in fp32.
 
     The reference of DPO and of KL terms is the policy as it was before training: the adapter switched off, or, when all
-    weights train, a frozen copy.
+    weights train, a frozen copy. A `value` head reads the state before each target, a `reward` head the last token;
+    both share the policy's trunk and start at zero.
     """
 
     def __init__(
@@ -30,8 +45,11 @@ class Policy:
         adapter: lora.LoraConfig | None,
         seed: int = 0,
         frozen: Decoder | None = None,
+        head: HeadKind | None = None,
+        teacher: Teacher | None = None,
     ) -> None:
         self.decoder, self.adapter, self._frozen = decoder, adapter, frozen
+        self.head_kind, self.teacher = head, teacher
         if adapter is not None:
             self.parameters = lora.attach(decoder, adapter, seed)
         else:
@@ -39,16 +57,56 @@ class Policy:
             for parameter in self.parameters:
                 parameter.data = parameter.data.float()
                 parameter.requires_grad_(True)
+        self.head = None if head is None else zero_head(decoder)
+        if self.head is not None:
+            self.parameters += list(self.head.parameters())
+        if teacher is not None and teacher.decoder.config.vocab != decoder.config.vocab:
+            raise BadInput(
+                f"the teacher has {teacher.decoder.config.vocab:,} tokens and the student "
+                f"{decoder.config.vocab:,}, so their "
+                "log-probs speak of different things; take a teacher with the same tokenizer, or distil its texts "
+                "(distill_sequence)"
+            )
 
     @classmethod
-    def load(cls, folder: Path, precision: str, adapter: lora.LoraConfig | None, seed: int = 0) -> Policy:
+    def load(
+        cls,
+        folder: Path,
+        precision: str,
+        adapter: lora.LoraConfig | None,
+        seed: int = 0,
+        *,
+        head: HeadKind | None = None,
+        teacher: Teacher | None = None,
+    ) -> Policy:
         """Load the start model. With `adapter=None` a second, frozen copy is kept as the reference."""
         dtype = DTYPES[precision]
         if adapter is not None:
-            return cls(load_decoder(folder, dtype), adapter=adapter, seed=seed)
+            return cls(load_decoder(folder, dtype), adapter=adapter, seed=seed, head=head, teacher=teacher)
         decoder = load_decoder(folder, torch.float32)  # what trains keeps all bits of the start model
         decoder.dtype = dtype
-        return cls(decoder, adapter=None, frozen=load_decoder(folder, dtype))
+        return cls(decoder, adapter=None, frozen=load_decoder(folder, dtype), head=head, teacher=teacher)
+
+    def measure(self, batch: TokenBatch, *, temperature: float = 1.0, entropy: bool = False) -> Scored:
+        """Return everything an objective may read of a batch: log-probs, entropy, head, divergence to the teacher.
+
+        A policy with a reward head computes nothing of the vocabulary: its log-probs are empty.
+        """
+        moved = batch.to(self.decoder.device)
+        hidden_TD = self.decoder.hidden_packed(moved.tokens_T, batch.lengths)
+        if self.head is not None and self.head_kind == "reward":
+            reward_N = self.head(hidden_TD[batch.last_N.to(hidden_TD.device)].float()).squeeze(-1)
+            return Scored(torch.empty(0), torch.empty(0), reward_N)
+        hidden_MD = hidden_TD.index_select(0, moved.at_M)
+        weight = self.decoder.head_weight
+        logp, ent = logp_and_entropy(hidden_MD, weight, moved.targets_M, temperature=temperature, entropy=entropy)
+        value = torch.empty(0) if self.head is None else self.head(hidden_MD.float()).squeeze(-1)
+        if self.teacher is None or self.teacher.distance is None:
+            return Scored(logp, ent, value)
+        with torch.no_grad():
+            known = self.teacher.decoder.hidden_packed(moved.tokens_T, batch.lengths).index_select(0, moved.at_M)
+        away = divergence(hidden_MD, weight, known, self.teacher.decoder.head_weight, self.teacher.distance)
+        return Scored(logp, ent, value, away)
 
     def score(self, batch: TokenBatch, *, temperature: float = 1.0, entropy: bool = True) -> tuple[Tensor, Tensor]:
         """Return (logp_M, entropy_M) in fp32 of the batch's target tokens under the current policy."""
@@ -65,25 +123,68 @@ class Policy:
         finally:
             lora.enable(self.decoder, True)
 
+    @torch.no_grad()
+    def embed(self, prompts: Sequence[tuple[int, ...]], token_budget: int) -> Tensor:
+        """Mean final hidden state [N, D] in fp32 of each prompt under the policy as it was before training."""
+        decoder = self._frozen or self.decoder
+        found = torch.empty(len(prompts), decoder.config.width)
+        if self._frozen is None:
+            lora.enable(self.decoder, False)
+        try:
+            per_call = max(1, token_budget // max(map(len, prompts)))
+            for begin in range(0, len(prompts), per_call):
+                part = prompts[begin : begin + per_call]
+                tokens = torch.tensor([token for prompt in part for token in prompt], device=decoder.device)
+                hidden = decoder.hidden_packed(tokens, [len(prompt) for prompt in part]).float().cpu()
+                pieces = torch.split(hidden, [len(prompt) for prompt in part])
+                found[begin : begin + len(part)] = torch.stack([piece.mean(0) for piece in pieces])
+        finally:
+            if self._frozen is None:
+                lora.enable(self.decoder, True)
+        return found
+
     def add_reference(
         self, units: Sequence[Sequence[TrainSequence]], token_budget: int, *, temperature: float = 1.0
     ) -> None:
         """Fill `reference_logps` of every sequence."""
         sequences = [seq for unit in units for seq in unit]
-        order = sorted(range(len(sequences)), key=lambda i: len(sequences[i].token_ids))
-        batches = micro_batches([[sequences[i]] for i in order], token_budget)
-        logps = torch.cat([self.reference(batch, temperature=temperature).cpu() for batch in batches])
-        start = 0
-        for index in order:
-            end = start + sequences[index].targets
-            sequences[index].reference_logps = logps[start:end].tolist()
-            start = end
+        logps = per_target(sequences, token_budget, lambda batch: self.reference(batch, temperature=temperature))
+        for seq, values in zip(sequences, logps, strict=True):
+            seq.reference_logps = values
 
     def save(self, folder: Path, base: str) -> None:
-        """Write `adapter/` (PEFT format) when there is one, and the merged weights beside it."""
+        """Write `adapter/` (PEFT format) when there is one, the merged weights, and a reward head beside them."""
         if self.adapter is not None:
             lora.save_adapter(self.decoder, self.adapter, folder / "adapter", base)
         self.decoder.save(folder)
+        if self.head is not None and self.head_kind == "reward":
+            write_tensors(folder / HEAD, {name: p.detach().clone() for name, p in self.head.named_parameters()})
+
+
+def zero_head(decoder: Decoder) -> nn.Linear:
+    """A scalar head in fp32 that says 0 of everything until it is trained."""
+    head = nn.Linear(decoder.config.width, 1, device=decoder.device)
+    with torch.no_grad():
+        head.weight.zero_()
+        head.bias.zero_()
+    return head
+
+
+@torch.no_grad()
+def per_target(
+    sequences: Sequence[TrainSequence], token_budget: int, measure: Callable[[TokenBatch], Tensor]
+) -> list[list[float]]:
+    """Run `measure` (a batch to [M]) over sequences in micro-batches; return one list per sequence, in their order."""
+    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i].token_ids))
+    batches = micro_batches([[sequences[i]] for i in order], token_budget)
+    values = torch.cat([measure(batch).float().cpu() for batch in batches]).tolist()
+    found: list[list[float]] = [[] for _ in sequences]
+    start = 0
+    for index in order:
+        end = start + sequences[index].targets
+        found[index] = values[start:end]
+        start = end
+    return found
 
 
 def _score(decoder: Decoder, batch: TokenBatch, temperature: float, entropy: bool) -> tuple[Tensor, Tensor]:
@@ -96,3 +197,10 @@ def _score(decoder: Decoder, batch: TokenBatch, temperature: float, entropy: boo
         temperature=temperature,
         entropy=entropy,
     )
+
+
+def teacher_logps(
+    teacher: Teacher, sequences: Sequence[TrainSequence], token_budget: int, temperature: float = 1.0
+) -> list[list[float]]:
+    """Log-probs of the sampled tokens under the teacher."""
+    return per_target(sequences, token_budget, lambda batch: _score(teacher.decoder, batch, temperature, False)[0])

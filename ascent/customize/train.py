@@ -8,27 +8,35 @@ import platform
 import resource
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
-from ascent.customize.batch import TrainSequence
 from ascent.customize.loops.online import OnlineSettings, train_online
-from ascent.customize.loops.preference import Pair, train_preference
+from ascent.customize.loops.preference import Unit, embed_prompts, train_preference
 from ascent.customize.loops.supervised import train_supervised
-from ascent.customize.objectives.rows import OnlineRow, PreferenceRow, Row, SupervisedRow, row_named
-from ascent.customize.policy import DTYPES, Policy
-from ascent.customize.recipes import DpoRecipe, OnlineRecipe, Recipe, SftRecipe
+from ascent.customize.objectives.rows import OnlineRow, PreferenceRow, SupervisedRow
+from ascent.customize.policy import DTYPES, HeadKind, Policy, Teacher
+from ascent.customize.recipes import OnlineRecipe, PreferenceRecipe, Recipe, SupervisedRecipe
+from ascent.customize.rewards import open_rewards
 from ascent.customize.run import StepReport, TrainingRun
+from ascent.customize.sequences import (
+    answer_sequences,
+    check_context,
+    conversation_sequences,
+    document_sequences,
+    pair_sequences,
+)
 from ascent.customize.trainer import Trainer
-from ascent.evaluate.pool import GraderPool
 from ascent.inference.chat import Renderer
-from ascent.inference.decoder import load_decoder
+from ascent.inference.decoder import DecoderConfig, load_decoder
 from ascent.inference.engines.torch import TorchEngine
-from ascent.records import DataSource, Message, Preference, RunCard, Task, digest
+from ascent.inference.head import Distance
+from ascent.inference.store import Store
+from ascent.records import DataSource, Feedback, Message, Preference, RunCard, Task, digest
 from ascent.records.errors import BadInput
 from ascent.records.files import folder_atomic, recover_folder, write_atomic
 
@@ -44,10 +52,12 @@ Announce = Callable[[dict[str, object]], None]
 
 @dataclass(frozen=True)
 class TrainingData:
-    """What the recipe's row feeds on; exactly one of the three is used."""
+    """What the recipe's row feeds on: texts (conversations, documents), pairs, single judged answers, or tasks."""
 
     conversations: Sequence[tuple[Message, ...]] = ()
+    documents: Sequence[str] = ()
     preferences: Sequence[Preference] = ()
+    feedback: Sequence[Feedback] = ()
     tasks: Sequence[Task] = ()
     sources: tuple[DataSource, ...] = field(default=())
 
@@ -80,49 +90,20 @@ def train(
             )
         return card
     torch.manual_seed(recipe.seed)
-    renderer = Renderer(start)
-    row = _row_of(recipe)
-    boundary = recipe.minibatches if isinstance(recipe, OnlineRecipe) else 1
     run = TrainingRun(
         folder,
         checkpoint_every=recipe.checkpoint_every,
-        boundary=boundary,
+        boundary=recipe.minibatches if isinstance(recipe, OnlineRecipe) else 1,
         identity=identity,
         report=report,
     )
-    if isinstance(recipe, OnlineRecipe):
-        trainer = _start(recipe, start, recipe.steps, announce, {"prompts": len(data.tasks)})
-        _online(recipe, row, trainer, data.tasks, start, renderer, run)
-    elif isinstance(recipe, DpoRecipe):
-        pairs = pair_sequences(data.preferences, renderer)
-        _check_lengths(pairs, trainer_context(start))
-        trainer = _start(recipe, start, _steps(recipe, len(pairs)), announce, {"pairs": len(pairs)})
-        assert isinstance(row, PreferenceRow)
-        train_preference(
-            trainer,
-            row,
-            pairs,
-            run,
-            batch_size=recipe.batch_size,
-            token_budget=recipe.token_budget,
-            seed=recipe.seed,
-        )
+    job = _Job(recipe, start, Renderer(start), run, announce or (lambda facts: None))
+    if isinstance(recipe, SupervisedRecipe):
+        trainer = job.supervised(recipe, data)
+    elif isinstance(recipe, PreferenceRecipe):
+        trainer = job.preference(recipe, data)
     else:
-        sequences = conversation_sequences(data.conversations, renderer)
-        _check_lengths([[seq] for seq in sequences], trainer_context(start))
-        tokens = sum(len(seq.token_ids) for seq in sequences)
-        facts = {"demonstrations": len(sequences), "tokens per epoch": tokens}
-        trainer = _start(recipe, start, _steps(recipe, len(sequences)), announce, facts)
-        assert isinstance(row, SupervisedRow)
-        train_supervised(
-            trainer,
-            row,
-            sequences,
-            run,
-            batch_size=recipe.batch_size,
-            token_budget=recipe.token_budget,
-            seed=recipe.seed,
-        )
+        trainer = job.online(recipe, data)
     if announce and "ended" in run.state:
         announce({"ended early": run.state["ended"]})
     save_model(trainer.policy, start, folder / "model", recipe.model)
@@ -132,6 +113,172 @@ def train(
     return card
 
 
+@dataclass(frozen=True)
+class _Job:
+    """One run of one recipe: it makes sequences, a trainer, and calls the loop of the row's kind."""
+
+    recipe: Recipe
+    start: Path
+    renderer: Renderer
+    run: TrainingRun
+    announce: Announce
+
+    def supervised(self, recipe: SupervisedRecipe, data: TrainingData) -> Trainer:
+        """Train on texts."""
+        row = recipe.row
+        assert isinstance(row, SupervisedRow)
+        sequences = conversation_sequences(data.conversations, self.renderer, recipe.reasoning)
+        if row.corpus:
+            window = min(self._context(), recipe.token_budget)
+            sequences += document_sequences(data.documents, self.renderer, window)
+        check_context([[seq] for seq in sequences], self._context())
+        distance = None if row.divergence == "none" else Distance(row.divergence, row.beta)
+        teacher = None
+        if distance is not None:
+            if recipe.teacher is None:
+                raise BadInput(
+                    f"row {row.name}, axis divergence: {row.divergence} needs a teacher; give teacher: {{model: …}}"
+                )
+            teacher = self._teacher(recipe.teacher.model, distance)
+        tokens = sum(len(seq.token_ids) for seq in sequences)
+        facts = {"sequences": len(sequences), "tokens per epoch": tokens}
+        trainer = self._trainer(_steps(recipe, len(sequences)), facts, teacher=teacher)
+        train_supervised(
+            trainer,
+            row,
+            sequences,
+            self.run,
+            batch_size=recipe.batch_size,
+            token_budget=recipe.token_budget,
+            seed=recipe.seed,
+        )
+        return trainer
+
+    def preference(self, recipe: PreferenceRecipe, data: TrainingData) -> Trainer:
+        """Train on pairs or on single judged answers."""
+        row = recipe.row
+        assert isinstance(row, PreferenceRow)
+        _check_preference_data(row, recipe, data)
+        units: Sequence[Unit] = (
+            answer_sequences(data.feedback, self.renderer)
+            if row.pairing == "unpaired"
+            else pair_sequences(data.preferences, self.renderer)
+        )
+        check_context(units, self._context())
+        head: HeadKind | None = "reward" if row.score == "head" else None
+        trainer = self._trainer(_steps(recipe, len(units)), {"units": len(units)}, head=head)
+        if row.pairing == "cross":
+            embed_prompts(trainer.policy, units, recipe.token_budget)
+        train_preference(
+            trainer,
+            row,
+            units,
+            self.run,
+            batch_size=recipe.batch_size,
+            token_budget=recipe.token_budget,
+            seed=recipe.seed,
+        )
+        return trainer
+
+    def online(self, recipe: OnlineRecipe, data: TrainingData) -> Trainer:
+        """Train on samples."""
+        row = recipe.row
+        assert isinstance(row, OnlineRow)
+        if not data.tasks:
+            raise BadInput("there are no prompts to train on; give `prompts` a file with at least one row")
+        settings = OnlineSettings(
+            prompts=recipe.prompts_per_step,
+            group=recipe.group_size,
+            minibatches=recipe.minibatches,
+            max_tokens=recipe.max_tokens,
+            max_turns=1 if recipe.harness is None else recipe.harness.max_turns,
+            temperature=recipe.temperature,
+            overlong_cache=max(1, recipe.max_tokens // 4),
+            gold=recipe.reward.gold,
+        )
+        teacher = self._teacher(recipe.reward.teacher, None) if recipe.reward.teacher is not None else None
+        head: HeadKind | None = "value" if row.critic else None
+        trainer = self._trainer(recipe.steps, {"prompts": len(data.tasks)}, head=head, teacher=teacher)
+        sampler = load_decoder(self.start, DTYPES[recipe.precision])
+        engine = TorchEngine(sampler, self.renderer, f"{recipe.model}+{row.name}")
+        with open_rewards(recipe, self.renderer, self.announce) as rewards:
+            train_online(
+                trainer,
+                row,
+                data.tasks,
+                engine,
+                rewards.sampler(engine),
+                self.run,
+                settings,
+                token_budget=recipe.token_budget,
+                seed=recipe.seed,
+            )
+        return trainer
+
+    def _trainer(
+        self,
+        steps: int,
+        facts: dict[str, int],
+        *,
+        head: HeadKind | None = None,
+        teacher: Teacher | None = None,
+    ) -> Trainer:
+        recipe = self.recipe
+        adapter = recipe.lora.config if recipe.lora else None
+        policy = Policy.load(self.start, recipe.precision, adapter, recipe.seed, head=head, teacher=teacher)
+        self.announce(
+            {
+                "algorithm": recipe.algorithm,
+                "start model": recipe.model,
+                **facts,
+                "steps": steps,
+                "trainable parameters": sum(p.numel() for p in policy.parameters),
+                "threads": torch.get_num_threads(),
+            }
+        )
+        return Trainer(policy, recipe.optim.optim, steps)
+
+    def _teacher(self, name: str, distance: Distance | None) -> Teacher:
+        return Teacher(load_decoder(Store().resolve(name), DTYPES[self.recipe.precision]), distance)
+
+    def _context(self) -> int:
+        return DecoderConfig.from_folder(self.start).context
+
+
+def _check_preference_data(row: PreferenceRow, recipe: PreferenceRecipe, data: TrainingData) -> None:
+    """Refuse data that the row cannot learn from.
+
+    Raises:
+        BadInput: names the row, the axis and the remedy.
+    """
+    place = f"row {row.name}, axis pairing: {row.pairing}"
+    if row.pairing == "unpaired":
+        good = sum(item.good for item in data.feedback)
+        if data.feedback and good in (0, len(data.feedback)):
+            kind = "good" if good else "bad"
+            raise BadInput(
+                f"{place}: all {len(data.feedback)} answers are {kind}, so there is nothing to tell apart; add "
+                f"answers of the "
+                "other kind, or use sft for good answers alone"
+            )
+        if row.anchor == "kl" and recipe.batch_size < 2:
+            raise BadInput(
+                f"row {row.name}, axis anchor: kl compares the answers of a batch; set batch_size to at least 2"
+            )
+    elif data.feedback and not data.preferences:
+        raise BadInput(
+            f"{place} needs a chosen and a rejected answer to each prompt; use kto or apo_zero for single answers"
+        )
+    if row.scored:
+        missing = [p.id for p in data.preferences if p.chosen_score is None or p.rejected_score is None]
+        if missing:
+            raise BadInput(
+                f"row {row.name}, axis link: {row.link} fits given rewards, and pair {missing[0]!r} has none "
+                f"({len(missing)} in "
+                "all); add chosen_score and rejected_score, or use dpo"
+            )
+
+
 def run_id(recipe: Recipe, sources: Sequence[DataSource]) -> str:
     """Name a run by its recipe and the bytes of its data; where the files lie does not matter."""
     content = recipe.model_dump(mode="json", exclude={"data", "prompts", "program"})
@@ -139,26 +286,6 @@ def run_id(recipe: Recipe, sources: Sequence[DataSource]) -> str:
     parts = recipe.prompts if isinstance(recipe, OnlineRecipe) else recipe.data
     content["weights"] = [part.weight for part in parts]
     return f"{recipe.algorithm}-{digest([content, [source.sha256 for source in sources]])[:12]}"
-
-
-def conversation_sequences(conversations: Sequence[tuple[Message, ...]], renderer: Renderer) -> list[TrainSequence]:
-    """Render demonstrations; the loss falls on what the assistant said."""
-    rendered = [renderer.render(messages) for messages in conversations]
-    return [TrainSequence(r.token_ids, r.loss_mask) for r in rendered]
-
-
-def pair_sequences(preferences: Sequence[Preference], renderer: Renderer) -> list[Pair]:
-    """Render pairs; the loss falls on the last assistant turn of each."""
-    pairs = []
-    for preference in preferences:
-        prompt = tuple(renderer.prompt_ids(preference.messages))
-        sides = []
-        for answer in (preference.chosen, preference.rejected):
-            whole = renderer.render((*preference.messages, Message(role="assistant", content=answer)))
-            mask = tuple(kept and at >= len(prompt) for at, kept in enumerate(whole.loss_mask))
-            sides.append(TrainSequence(whole.token_ids, mask))
-        pairs.append((sides[0], sides[1]))
-    return pairs
 
 
 def save_model(policy: Policy, start: Path, folder: Path, base: str) -> None:
@@ -171,89 +298,10 @@ def save_model(policy: Policy, start: Path, folder: Path, base: str) -> None:
         policy.save(scratch, base)
 
 
-def trainer_context(start: Path) -> int:
-    """The start model's context in tokens."""
-    from ascent.inference.decoder import DecoderConfig
-
-    return DecoderConfig.from_folder(start).context
-
-
-def _online(
-    recipe: OnlineRecipe,
-    row: Row,
-    trainer: Trainer,
-    tasks: Sequence[Task],
-    start: Path,
-    renderer: Renderer,
-    run: TrainingRun,
-) -> None:
-    assert isinstance(row, OnlineRow)
-    settings = OnlineSettings(
-        prompts=recipe.prompts_per_step,
-        group=recipe.group_size,
-        minibatches=recipe.minibatches,
-        max_tokens=recipe.max_tokens,
-        temperature=recipe.temperature,
-        refills=recipe.refills,
-        overlong_cache=max(1, recipe.max_tokens // 4),
-        reward=recipe.reward,
-    )
-    if not tasks:
-        raise BadInput("there are no prompts to train on; give `prompts` a file with at least one row")
-    engine = TorchEngine(load_decoder(start, DTYPES[recipe.precision]), renderer, f"{recipe.model}+{row.name}")
-    with GraderPool(recipe.program, [recipe.reward]) as pool:
-        train_online(
-            trainer,
-            row,
-            tasks,
-            engine,
-            pool,
-            run,
-            settings,
-            token_budget=recipe.token_budget,
-            seed=recipe.seed,
-        )
-
-
-def _row_of(recipe: Recipe) -> Row:
-    """The row with the recipe's own values on its axes."""
-    row = row_named(recipe.algorithm)
-    if isinstance(recipe, DpoRecipe) and isinstance(row, PreferenceRow):
-        return replace(row, beta=recipe.beta, label_smoothing=recipe.label_smoothing, nll=recipe.nll)
-    if isinstance(recipe, OnlineRecipe) and isinstance(row, OnlineRow) and recipe.kl is not None:
-        return replace(row, kl=recipe.kl)
-    return row
-
-
-def _start(recipe: Recipe, start: Path, steps: int, announce: Announce | None, facts: dict[str, int]) -> Trainer:
-    adapter = recipe.lora.config if recipe.lora else None
-    policy = Policy.load(start, recipe.precision, adapter, recipe.seed)
-    trainer = Trainer(policy, recipe.optim.optim, steps)
-    if announce:
-        announce(
-            {
-                "algorithm": recipe.algorithm,
-                "start model": recipe.model,
-                **facts,
-                "steps": steps,
-                "trainable parameters": sum(p.numel() for p in policy.parameters),
-                "threads": torch.get_num_threads(),
-            }
-        )
-    return trainer
-
-
-def _steps(recipe: SftRecipe | DpoRecipe, rows: int) -> int:
+def _steps(recipe: SupervisedRecipe | PreferenceRecipe, rows: int) -> int:
     if rows == 0:
         raise BadInput(f"there is nothing to train {recipe.algorithm} on; the data hold no usable row")
     return max(1, math.ceil(recipe.epochs * rows / recipe.batch_size))
-
-
-def _check_lengths(rows: Sequence[Sequence[TrainSequence]], context: int) -> None:
-    for index, row in enumerate(rows, 1):
-        longest = max(len(seq.token_ids) for seq in row)
-        if longest > context:
-            raise BadInput(f"row {index} has {longest} tokens, the model's context is {context}; shorten or drop it")
 
 
 def _card(recipe: Recipe, sources: tuple[DataSource, ...], run: TrainingRun, trainer: Trainer) -> RunCard:

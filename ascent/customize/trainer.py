@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ascent.customize.batch import TokenBatch
-from ascent.customize.objectives.rows import Objective
+from ascent.customize.objectives.losses import Objective
 from ascent.customize.policy import Policy
 from ascent.inference.tensors import read_tensors, write_tensors
 from ascent.records import digest
@@ -80,8 +80,7 @@ class Trainer:
         sums: dict[str, list[float]] = {}
         loss = 0.0
         for batch in batches:
-            logp, ent = self.policy.score(batch, temperature=temperature, entropy=entropy)
-            out = objective(logp, ent, batch)
+            out = objective(self.policy.measure(batch, temperature=temperature, entropy=entropy), batch)
             out.loss.backward()  # type: ignore[no-untyped-call]
             loss += out.loss.item()
             for name, (numerator, denominator) in out.metrics.items():

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from pydantic_core import from_json
 
+from ascent.evaluate.code import TIME_LIMIT_S, Ran, extract_code, run_code
 from ascent.records import Episode, Score, Task, Unscored
 
 Graded = Score | float | bool | int | None
@@ -112,12 +113,77 @@ def regex(task: Task, episode: Episode) -> Graded:
     return re.search(task.expected["pattern"], episode.text) is not None
 
 
+def json_schema(task: Task, episode: Episode) -> Graded:
+    """1 if the output satisfies the JSON schema `expected["schema"]`, else 0; the reason names the failing path.
+
+    A text that is no JSON is a string to the schema. References lead inside the schema only, nothing is fetched.
+    Raises what jsonschema raises for a schema that is none.
+    """
+    if task.expected is None or "schema" not in task.expected:
+        return None
+    from jsonschema.exceptions import best_match
+    from jsonschema.validators import validator_for
+    from referencing import Registry
+
+    schema = task.expected["schema"]
+    kind = validator_for(schema)
+    kind.check_schema(schema)
+    error = best_match(kind(schema, registry=Registry()).iter_errors(episode.output))
+    if error is None:
+        return True
+    return Score(name="json_schema", value=0.0, reason=f"{error.json_path}: {error.message}"[:1000])
+
+
+def code_output(task: Task, episode: Episode) -> Graded:
+    """1 if the program in the answer prints `expected["stdout"]` and ends well, else 0.
+
+    The program is the last fenced block of Python, or the whole text; it reads `expected["stdin"]` and is run as
+    `run_code` says, for at most `expected["time_limit_s"]` of wall clock: 3 unless given; keep it a second below the
+    limit of the pool. White space at the end of a line and of the output does not count. A program that does not end
+    in time is unscored.
+    """
+    if task.expected is None or "stdout" not in task.expected:
+        return None
+    ran = _run(task.expected, episode)
+    if ran.unscored is not None:
+        return failed("code_output", ran.problem, ran.unscored)
+    printed, wanted = _lines(ran.stdout), _lines(task.expected["stdout"])
+    if ran.problem or printed == wanted:
+        return Score(name="code_output", value=float(not ran.problem), reason=ran.problem)
+    at = next((at for at, (left, right) in enumerate(zip(printed, wanted, strict=False)) if left != right), None)
+    if at is None:
+        reason = f"printed {len(printed)} lines, expected {len(wanted)}"
+    else:
+        reason = f"line {at + 1} is {printed[at][:200]!r}, expected {wanted[at][:200]!r}"
+    return Score(name="code_output", value=0.0, reason=reason)
+
+
+def unit_tests(task: Task, episode: Episode) -> Graded:
+    """The share of `expected["tests"]` that the program in the answer passes; with `expected["all"]`, 1 only for all.
+
+    `expected["tests"]` is a list of Python texts, or one text with `test...` functions or `assert` statements; it runs
+    after the program, in the same process: see `run_code`. Program and limits are as in `code_output`.
+    """
+    if task.expected is None or not task.expected.get("tests"):
+        return None
+    ran = _run(task.expected, episode, task.expected["tests"])
+    if ran.unscored is not None:
+        return failed("unit_tests", ran.problem, ran.unscored)
+    passed, total = ran.tests.count(""), len(ran.tests)
+    value = float(passed == total) if task.expected.get("all") else passed / total
+    first = next((f"; test {at + 1}: {problem}" for at, problem in enumerate(ran.tests) if problem), "")
+    return Score(name="unit_tests", value=value, reason=f"passed {passed} of {total} tests{first}"[:1000])
+
+
 BUILTIN: dict[str, Grader] = {
+    "code_output": code_output,
     "contains": contains,
     "exact": exact,
+    "json_schema": json_schema,
     "json_valid": json_valid,
     "numeric": numeric,
     "regex": regex,
+    "unit_tests": unit_tests,
 }
 
 
@@ -128,6 +194,15 @@ def parse_json(text: str) -> Any:
     nesting, so that what it returns can be written to a report again.
     """
     return from_json(text, allow_inf_nan=False)
+
+
+def _run(expected: dict[str, Any], episode: Episode, tests: str | Sequence[str] = ()) -> Ran:
+    limit_s = float(expected.get("time_limit_s", TIME_LIMIT_S))
+    return run_code(extract_code(episode.text), tests, stdin=str(expected.get("stdin", "")), time_limit_s=limit_s)
+
+
+def _lines(text: str) -> list[str]:
+    return [line.rstrip() for line in str(text).rstrip().split("\n")]
 
 
 def _same(left: object, right: object) -> bool:

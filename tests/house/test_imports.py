@@ -24,6 +24,7 @@ LIGHT = (
     "import ascent.ladder.report",
     "import ascent.ladder.climb",
     "import ascent.inference.store",
+    "import ascent.customize.agentic.environment",
 )
 HELPS = (("--help",), *((name, "--help") for name in COMMANDS), ("models", "export", "--help"))
 

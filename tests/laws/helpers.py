@@ -16,12 +16,15 @@ from torch import Tensor
 
 from ascent.cli.train import training_data
 from ascent.customize.batch import TokenBatch, TrainSequence, collate
-from ascent.customize.objectives.credit import advantages
-from ascent.customize.objectives.rows import OnlineRow, PreferenceRow, Row, SupervisedRow, objective
+from ascent.customize.objectives.credit import episode_advantages
+from ascent.customize.objectives.losses import objective
+from ascent.customize.objectives.rows import ROWS, OnlineRow, PreferenceRow, Row, SupervisedRow
 from ascent.customize.objectives.weights import WEIGHTS
-from ascent.customize.policy import Policy
+from ascent.customize.policy import Policy, Teacher
 from ascent.customize.recipes import load_recipe
 from ascent.customize.train import train
+from ascent.inference.decoder import load_decoder
+from ascent.inference.head import Distance
 from ascent.inference.lora import LoraConfig
 from ascent.records import RunCard, digest
 
@@ -77,10 +80,27 @@ def write_tiny_model(folder: Path, *, seed: int = 0, spread: float = 0.25, conte
 
 
 def tiny_policy(
-    folder: Path, *, full: bool = False, moved: float = 0.0, seed: int = 0, precision: str = "fp32"
+    folder: Path,
+    *,
+    full: bool = False,
+    moved: float = 0.0,
+    seed: int = 0,
+    precision: str = "fp32",
+    row: Row | None = None,
 ) -> Policy:
-    """A policy; `moved` shifts every trainable number by that deviation, so that policy and reference differ."""
-    policy = Policy.load(folder, precision, None if full else LoraConfig(4, 8.0), seed)
+    """A policy; `moved` shifts every trainable number by that deviation, so that policy and reference differ.
+
+    With a `row` it gets the head and the teacher that the row needs; the teacher is the start model, bent a little.
+    """
+    head = "value" if getattr(row, "critic", False) else "reward" if getattr(row, "score", "") == "head" else None
+    teacher = None
+    if isinstance(row, SupervisedRow) and row.teacher:
+        bent = load_decoder(folder)
+        with torch.no_grad():
+            bent.norm.weight *= 1.3
+        assert row.divergence != "none"
+        teacher = Teacher(bent, Distance(row.divergence, row.beta))
+    policy = Policy.load(folder, precision, None if full else LoraConfig(4, 8.0), seed, head=head, teacher=teacher)
     if moved:
         generator = torch.Generator().manual_seed(seed + 1)
         with torch.no_grad():
@@ -103,29 +123,48 @@ def global_batch(row: Row, policy: Policy, *, seed: int = 0, units: int = 6) -> 
     dice = random.Random(seed)
     if isinstance(row, SupervisedRow):
         made = [[random_sequence(dice)] for _ in range(units)]
-        weights = WEIGHTS[row.weights]([unit[0].targets for unit in made])
+        weights = WEIGHTS[row.weights]([unit[0].targets for unit in made], 0)
         for unit, weight in zip(made, weights, strict=True):
             unit[0].ce_weight = weight
         return made
     if isinstance(row, PreferenceRow):
-        made = [[random_sequence(dice), random_sequence(dice)] for _ in range(units)]
-        for seq in flatten(made):
-            seq.pair_weight = 1 / units
-        policy.add_reference(made, 10_000)
-        return made
+        return _preference_batch(row, policy, dice, units)
     assert isinstance(row, OnlineRow)
     made = [[random_sequence(dice)] for _ in range(units)]
-    rewards = [dice.random() for _ in made]
-    credits = advantages(rewards, row.baseline, row.scale)
-    weights = WEIGHTS[row.weights]([unit[0].targets for unit in made])
+    credits = episode_advantages([[dice.random() for _ in made]], row)[0]
+    weights = WEIGHTS[row.weights]([unit[0].targets for unit in made], LONGEST)
     policy.add_reference(made, 10_000)
     with torch.no_grad():
         scored = policy.score(collate(flatten(made)))[0].tolist()
+    spread = 0.25 if row.ratio == "token" else 2 * (row.clip.high - 1)  # ratios on both sides of the row's interval
     for (seq,), weight, credit in zip(made, weights, credits, strict=True):
         seq.rl_weight = seq.kl_weight = weight
-        seq.advantage = credit
-        seq.old_logps = [scored.pop(0) + dice.gauss(0, 0.25) for _ in range(seq.targets)]
+        seq.advantage = credit if row.returns == "sequence" else [credit + dice.gauss(0, 1) for _ in range(seq.targets)]
+        shift = dice.gauss(0, spread) if row.ratio != "token" else 0.0
+        seq.old_logps = [scored.pop(0) + shift + dice.gauss(0, spread) for _ in range(seq.targets)]
+        seq.correction = [dice.uniform(0.5, 1.5) for _ in range(seq.targets)]
+        seq.old_values = [dice.gauss(0, 1) for _ in range(seq.targets)]
+        seq.returns = [dice.gauss(0, 1) for _ in range(seq.targets)]
     return made
+
+
+LONGEST = 20
+"""The sampling limit of these batches."""
+
+
+def _preference_batch(row: PreferenceRow, policy: Policy, dice: random.Random, units: int) -> Units:
+    """Pairs, single answers of both kinds, or, for rows that cross pairs, all pairs as one unit."""
+    size = 1 if row.pairing == "unpaired" else 2
+    made = [[random_sequence(dice) for _ in range(size)] for _ in range(units)]
+    for index, unit in enumerate(made):
+        embedding = tuple(dice.gauss(0, 1) for _ in range(5))
+        for seq in unit:
+            seq.pair_weight = 1 / units
+            seq.embedding = embedding if row.pairing == "cross" else seq.embedding
+            seq.anchor = 0.3 if row.anchor == "kl" else 0.0
+            seq.reward = dice.gauss(0, 1) if size == 2 else (-1.0) ** index
+    policy.add_reference(made, 10_000)
+    return [flatten(made)] if row.pairing == "cross" else made
 
 
 def flatten(units: Units) -> list[TrainSequence]:
@@ -156,7 +195,7 @@ def loss_and_gradient(policy: Policy, row: Row, batches: Sequence[TokenBatch], t
         parameter.grad = None
     total = 0.0
     for batch in batches:
-        out = objective(row)(*policy.score(batch, temperature=temperature), batch)
+        out = objective(row)(policy.measure(batch, temperature=temperature, entropy=True), batch)
         out.loss.backward()
         total += out.loss.item()
     found = [p.grad if p.grad is not None else torch.zeros_like(p) for p in policy.parameters]
@@ -176,17 +215,30 @@ def letters(task, episode):
 def vowels(task, episode):
     return sum(c in "aeiou" for c in episode.text) / max(1, len(episode.text))
 '''
-COMMON = (
-    "model: {model}\nprecision: fp32\ntoken_budget: 128\ncheckpoint_every: 4\nlora: {{rank: 4, alpha: 8}}\nseed: 3\n"
-)
-ONLINE = "prompts: prompts.jsonl\nprogram: program.py\nreward: letters\nsteps: 12\nprompts_per_step: 3\n"
-RECIPES = {
-    "sft": "algorithm: sft\ndata: train.jsonl\nepochs: 3\nbatch_size: 4\noptim: {lr: 1e-2}\n",
-    "dpo": "algorithm: dpo\ndata: pairs.jsonl\nepochs: 3\nbatch_size: 4\noptim: {lr: 5e-3}\n",
-    "grpo": f"algorithm: grpo\n{ONLINE}group_size: 4\nminibatches: 2\nmax_tokens: 8\n",
-    "dapo": f"algorithm: dapo\n{ONLINE}group_size: 4\nmax_tokens: 8\nrefills: 2\n",
-}
-"""Complete recipes of twelve steps on the data of `write_use_case`, one per row; a new row adds one here."""
+COMMON = "model: {model}\nprecision: fp32\ntoken_budget: 128\ncheckpoint_every: 4\nlora: {rank: 4, alpha: 8}\nseed: 3\n"
+SFT_OPTIM, DPO_OPTIM = "optim: {lr: 1e-2}\n", "optim: {lr: 5e-3}\n"
+ONLINE = "prompts: prompts.jsonl\nprogram: program.py\nsteps: 12\nprompts_per_step: 3\ngroup_size: 4\nmax_tokens: 8\n"
+
+
+def recipe_text(row: Row) -> str:
+    """A complete recipe of twelve steps for a row, on the data of `write_use_case`."""
+    head = f"algorithm: {row.name}\n"
+    if isinstance(row, SupervisedRow):
+        data = "texts" if row.corpus else "train"
+        teacher = "teacher: {model: {teacher}}\n" if row.teacher else ""
+        if row.name == "distill_sequence":  # of forty tries one ends before its limit, for every prompt
+            asked = "samples: 40, temperature: 1.0, max_tokens: 40, reward: letters, minimum: 0"
+            teacher = f"program: program.py\nteacher: {{model: {{teacher}}, {asked}}}\n"
+        return f"{head}data: {data}.jsonl\nepochs: 3\nbatch_size: 4\n{teacher}{SFT_OPTIM}"
+    if isinstance(row, PreferenceRow):
+        data = "feedback" if row.pairing == "unpaired" else "pairs"
+        return f"{head}data: {data}.jsonl\nepochs: 3\nbatch_size: 4\n{DPO_OPTIM}"
+    reward = "reward: {teacher: {teacher}}\n" if row.teacher else "reward: letters\n"
+    return f"{head}{ONLINE}{reward}" + ("minibatches: 2\n" if row.keep_dead_groups else "axes: {refills: 2}\n")
+
+
+RECIPES = {name: recipe_text(row) for name, row in ROWS.items()}
+"""One recipe for every registered row, so that a new row joins the tests of whole runs by being registered."""
 LONG = "{epochs: 15, checkpoint_every: 1}"
 """Makes the sft recipe 60 steps long, with a checkpoint after each."""
 
@@ -194,6 +246,7 @@ LONG = "{epochs: 15, checkpoint_every: 1}"
 def write_use_case(folder: Path, model: Path) -> Path:
     """Write data, program and one recipe per row into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
+    teacher = write_tiny_model(folder / "teacher", seed=1)
     words = ["oak", "elm", "ash", "fir", "yew", "bay", "box", "fig"]
     asked = [f"Name tree {number} of {len(words)}." for number in range(16)]
     answers = [f"{words[i % 8]} tree" for i in range(16)]
@@ -201,8 +254,31 @@ def write_use_case(folder: Path, model: Path) -> Path:
     files = {
         "train": [{"id": str(i), "input": {"prompt": q}, "target": a} for i, (q, a) in enumerate(pairs)],
         "pairs": [
-            {"id": str(i), "input": {"prompt": q}, "chosen": answers[i], "rejected": "I do not know, 42!"}
+            {
+                "id": str(i),
+                "input": {"prompt": q},
+                "chosen": answers[i],
+                "rejected": "I do not know, 42!",
+                "chosen_score": 1.0,
+                "rejected_score": 0.1 * (i % 4),
+            }
             for i, q in enumerate(asked)
+        ],
+        "feedback": [
+            {
+                "id": str(i),
+                "input": {"prompt": q},
+                "answer": answers[i] if i % 2 else "I do not know",
+                "good": i % 2 == 1,
+            }
+            for i, q in enumerate(asked)
+        ],
+        "texts": [
+            *(
+                {"id": str(i), "text": f"The {word} is a tree. {'It grows slowly. ' * i}"}
+                for i, word in enumerate(words)
+            ),
+            *({"id": f"d{i}", "input": {"prompt": q}, "target": answers[i]} for i, q in enumerate(asked[:8])),
         ],
         "prompts": [{"id": str(i), "input": {"prompt": q, "dead": i % 4 == 0}} for i, q in enumerate(asked)],
     }
@@ -210,7 +286,9 @@ def write_use_case(folder: Path, model: Path) -> Path:
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "program.py").write_text(PROGRAM)
     for name, text in RECIPES.items():
-        (folder / f"{name}.yaml").write_text(COMMON.format(model=model) + text)
+        (folder / f"{name}.yaml").write_text(
+            (COMMON + text).replace("{model}", str(model)).replace("{teacher}", str(teacher))
+        )
     return folder
 
 

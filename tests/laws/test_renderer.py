@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from ascent.customize.train import conversation_sequences, pair_sequences
+from ascent.customize.sequences import conversation_sequences, pair_sequences
 from ascent.inference.chat import Renderer
 from ascent.inference.store import Store
 from ascent.records import Message, Preference

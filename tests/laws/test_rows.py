@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from laws.helpers import (
+    LONGEST,
     Units,
     flatten,
     global_batch,
@@ -18,9 +19,10 @@ from laws.helpers import (
 )
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
-from ascent.customize.batch import TrainSequence, collate, micro_batches
+from ascent.customize.batch import Scored, TrainSequence, collate, micro_batches
 from ascent.customize.loops.online import require_current
-from ascent.customize.objectives.rows import ROWS, OnlineRow, Row, objective
+from ascent.customize.objectives.losses import objective
+from ascent.customize.objectives.rows import ROWS, OnlineRow, PreferenceRow, Row, SupervisedRow
 from ascent.customize.objectives.weights import WEIGHTS
 from ascent.customize.policy import Policy
 from ascent.customize.trainer import Optim, Trainer
@@ -38,7 +40,7 @@ either_training = pytest.mark.parametrize("full", [False, True], ids=["lora", "f
 @every_row
 @either_training
 def test_any_split_and_order_gives_the_same_loss_and_gradient(row: Row, full: bool, tiny_model: Path) -> None:
-    policy = tiny_policy(tiny_model, full=full, moved=0.05)
+    policy = tiny_policy(tiny_model, full=full, moved=0.05, row=row)
     units = global_batch(row, policy)
     whole = loss_and_gradient(policy, row, [collate(flatten(units))])
     assert whole.gradient.norm() > 1e-3
@@ -49,12 +51,12 @@ def test_any_split_and_order_gives_the_same_loss_and_gradient(row: Row, full: bo
         "no bound": micro_batches(units, 10**9),
     }
     dice = random.Random(1)
-    for attempt in range(4):
+    for attempt in range(min(4, len(units))):
         shuffled = dice.sample(units, len(units))
         cuts = sorted({0, len(units), *dice.sample(range(1, len(units)), attempt)})
         pieces = [shuffled[a:b] for a, b in itertools.pairwise(cuts)]
         splits[f"random {attempt}"] = [collate(flatten(piece)) for piece in pieces]
-    assert len(splits["budget 40"]) > 1
+    assert len(splits["budget 40"]) > 1 or len(units) == 1, "only a row that crosses all pairs has one unit"
     for batches in splits.values():
         assert sum(batch.sequences for batch in batches) == len(flatten(units))
         loss_and_gradient(policy, row, batches, 1.0).assert_close(whole)
@@ -63,17 +65,19 @@ def test_any_split_and_order_gives_the_same_loss_and_gradient(row: Row, full: bo
 @every_row
 def test_the_rule_of_a_mean_of_means_breaks_this_law(row: Row, tiny_model: Path) -> None:
     """The test above can fail: weights made per micro-batch, the common bug, give another loss."""
-    policy = tiny_policy(tiny_model, moved=0.05)
+    policy = tiny_policy(tiny_model, moved=0.05, row=row)
     units = global_batch(row, policy)
+    if len(units) == 1:
+        pytest.skip("a batch whose pairs are crossed is never split")
     whole = loss_and_gradient(policy, row, [collate(flatten(units))])
     halves = (units[:1], units[1:])
     for half in halves:
         seqs = flatten(half)
         name = row.weights if row.kind != "preference" else "token_mean"
-        for seq, weight in zip(seqs, WEIGHTS[name]([s.targets for s in seqs]), strict=True):
+        for seq, weight in zip(seqs, WEIGHTS[name]([s.targets for s in seqs], LONGEST), strict=True):
             scale = 1 / len(halves)
-            seq.ce_weight = weight * scale if seq.ce_weight is not None else None
-            seq.rl_weight = seq.kl_weight = weight * scale if seq.rl_weight is not None else None
+            seq.ce_weight = weight * scale if seq.ce_weight else 0.0
+            seq.rl_weight = seq.kl_weight = weight * scale if seq.rl_weight else 0.0
             seq.pair_weight = 1 / len(half) * scale if seq.pair_weight else 0.0
     wrong = loss_and_gradient(policy, row, [collate(flatten(half)) for half in halves])
     assert (wrong.gradient - whole.gradient).norm() > 0.02 * whole.gradient.norm()
@@ -82,8 +86,10 @@ def test_the_rule_of_a_mean_of_means_breaks_this_law(row: Row, tiny_model: Path)
 @every_row
 def test_packed_neighbours_do_not_contaminate(row: Row, tiny_model: Path) -> None:
     """A neighbour of weight zero, whatever its tokens, changes neither the others' log-probs nor loss and gradient."""
-    policy = tiny_policy(tiny_model, moved=0.05)
+    policy = tiny_policy(tiny_model, moved=0.05, row=row)
     units = global_batch(row, policy)
+    if len(units) == 1:
+        pytest.skip("a neighbour of crossed pairs is a pair of the batch and changes the row's own mean")
     alone = loss_and_gradient(policy, row, [collate(flatten(units))])
     logp_alone = policy.score(collate(flatten(units)))[0].detach()
     for seed in (1, 2):
@@ -99,23 +105,26 @@ def test_packed_neighbours_do_not_contaminate(row: Row, tiny_model: Path) -> Non
 @every_row
 def test_only_target_tokens_are_predicted(row: Row, tiny_model: Path) -> None:
     """The gradient of the loss in the logits is exactly zero at every position that does not predict a target."""
-    policy = tiny_policy(tiny_model, moved=0.05)
+    policy = tiny_policy(tiny_model, moved=0.05, row=row)
+    if getattr(row, "score", "") == "head" or (isinstance(row, SupervisedRow) and row.teacher):
+        pytest.skip("this row's loss is not a function of the targets' log-probs")
     units = global_batch(row, policy)
     batch = collate(flatten(units))
+    value = policy.measure(batch).head.detach().double()
     with torch.no_grad():
         hidden = policy.decoder.hidden_packed(batch.tokens_T, batch.lengths)
         logits = (hidden @ policy.decoder.head_weight.T).double()
     logits.requires_grad_()
     dense = logits.log_softmax(-1)
     logp = dense[batch.at_M, batch.targets_M]
-    objective(row)(logp, -(dense.exp() * dense).sum(-1)[batch.at_M], batch).loss.backward()
+    objective(row)(Scored(logp, -(dense.exp() * dense).sum(-1)[batch.at_M], value), batch).loss.backward()
     before_target: list[bool] = []
     for seq in flatten(units):
         before_target += [*seq.loss_mask[1:], False]
     predicting = torch.tensor(before_target)
     assert torch.count_nonzero(logits.grad[~predicting]) == 0
     moved = logits.grad[predicting].abs().sum(-1) > 0
-    clipped_away = 0.4 if isinstance(row, OnlineRow) else 0.0
+    clipped_away = 0.6 if isinstance(row, OnlineRow) else 0.0
     assert moved.float().mean() >= 1 - clipped_away
     following = torch.cat([batch.tokens_T[1:], batch.tokens_T[:1]])
     assert torch.equal(batch.targets_M, following[predicting])
@@ -123,17 +132,23 @@ def test_only_target_tokens_are_predicted(row: Row, tiny_model: Path) -> None:
 
 @every_row
 def test_weights_of_a_global_batch_sum_to_one(row: Row, tiny_model: Path) -> None:
-    policy = tiny_policy(tiny_model)
+    policy = tiny_policy(tiny_model, row=row)
     for seed in range(3):
         units = global_batch(row, policy, seed=seed, units=5 + seed)
         batches = micro_batches(units, 50)
         if row.kind == "supervised":
             total = sum(batch.ce_weight_M.sum().item() for batch in batches)
         elif row.kind == "preference":
-            total = sum(batch.pair_weight_N[0::2].sum().item() for batch in batches)
+            assert isinstance(row, PreferenceRow)
+            step = 1 if row.pairing == "unpaired" else 2
+            total = sum(batch.pair_weight_N[0::step].sum().item() for batch in batches)
         else:
             total = sum(batch.rl_weight_M.sum().item() for batch in batches)
-            assert sum(batch.kl_weight_M.sum().item() for batch in batches) == pytest.approx(1, abs=1e-6)
+            if row.weights == "seq_mean_token_sum":  # Dr. GRPO's constant: the mean length over the longest allowed
+                lengths = [seq.targets for seq in flatten(units)]
+                total /= sum(lengths) / len(lengths) / LONGEST
+            kl_total = sum(batch.kl_weight_M.sum().item() for batch in batches)
+            assert kl_total == pytest.approx(sum(batch.rl_weight_M.sum().item() for batch in batches))
         assert total == pytest.approx(1, abs=1e-6)
 
 

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from laws.helpers import flatten, global_batch, tiny_policy
 from torch import Tensor
 
-from ascent.customize.batch import TokenBatch, TrainSequence, collate
-from ascent.customize.loops.online import OnlineSettings, credit
+from ascent.customize.batch import Scored, TokenBatch, TrainSequence, collate
+from ascent.customize.loops.credit import credit
 from ascent.customize.objectives.credit import (
     advantages,
     group_mean,
@@ -24,9 +24,10 @@ from ascent.customize.objectives.credit import (
     overlong_punishment,
 )
 from ascent.customize.objectives.kl import k3, reverse_kl
+from ascent.customize.objectives.losses import objective
 from ascent.customize.objectives.preference import pair_loss
-from ascent.customize.objectives.rows import ROWS, Row, objective, row_named
-from ascent.customize.objectives.surrogate import Clip, clip_fraction, min_clip, policy_gradient, ratio
+from ascent.customize.objectives.rows import ROWS, Clip, Row, row_named
+from ascent.customize.objectives.surrogate import clip_fraction, min_clip, policy_gradient, ratio
 from ascent.customize.objectives.weights import WEIGHTS
 from ascent.customize.rollout import Group
 from ascent.records import Episode, Task
@@ -48,7 +49,8 @@ def run(
 ) -> tuple[float, list[float]]:
     """The row's loss and dL/dℓ in float64."""
     leaf = torch.tensor(logp, dtype=torch.float64, requires_grad=True)
-    out = objective(row)(leaf, torch.tensor(entropy or [0.0] * len(logp), dtype=torch.float64), batch)
+    scored = Scored(leaf, torch.tensor(entropy or [0.0] * len(logp), dtype=torch.float64))
+    out = objective(row)(scored, batch)
     out.loss.backward()
     return out.loss.item(), leaf.grad.tolist()
 
@@ -64,7 +66,7 @@ def exact(values) -> list[float]:
 def test_sft_is_the_mean_over_all_target_tokens() -> None:
     """L = −Σ ℓ / M over the M targets of all sequences, so dL/dℓ = −1/M for each, long sequence or short."""
     lengths = [1, 4, 3]
-    weights = WEIGHTS["token_mean"](lengths)
+    weights = WEIGHTS["token_mean"](lengths, 0)
     batch = collate([sequence(n, ce_weight=w) for n, w in zip(lengths, weights, strict=True)])
     logp = [-random.Random(0).random() for _ in range(8)]
     loss, gradient = run(ROWS["sft"], batch, logp)
@@ -120,14 +122,14 @@ def test_dpo_loss_and_gradient(beta: float, epsilon: float, alpha: float) -> Non
 
 def test_smoothing_zero_and_nll_zero_are_plain_dpo() -> None:
     margin = torch.linspace(-40, 40, 41, dtype=torch.float64)
-    assert torch.equal(pair_loss(margin, "logistic", 0.0), -torch.nn.functional.logsigmoid(margin))
-    assert (DPO.label_smoothing, DPO.nll, DPO.norm, DPO.beta) == (0.0, 0.0, "sum", 0.1)
+    assert torch.equal(pair_loss(margin, DPO), -torch.nn.functional.logsigmoid(margin))
+    assert (DPO.label_smoothing, DPO.nll, DPO.score, DPO.beta) == (0.0, 0.0, "sum", 0.1)
 
 
 def test_smoothing_moves_the_optimum_to_the_log_odds_of_the_noise() -> None:
     """d/dm [(1−ε) log(1+e^−m) + ε log(1+e^m)] = 0 where σ(m) = 1−ε, so at m = log((1−ε)/ε)."""
     best = torch.tensor(math.log(0.9 / 0.1), dtype=torch.float64, requires_grad=True)
-    pair_loss(best, "logistic", 0.1).backward()
+    pair_loss(best, replace(DPO, label_smoothing=0.1)).backward()
     assert abs(best.grad.item()) < 1e-12
 
 
@@ -184,9 +186,9 @@ def test_on_policy_clip_and_policy_gradient_have_the_same_gradient() -> None:
     logp = -torch.rand(50, dtype=torch.float64)
     advantage = torch.randn(50, dtype=torch.float64)
     slopes = []
-    for surrogate in (min_clip, policy_gradient):
+    for surrogate in (lambda gap, a: min_clip(gap, a, Clip(0.8, 1.2)), policy_gradient):
         leaf = logp.clone().requires_grad_()
-        (surrogate(leaf - logp, advantage, Clip(0.8, 1.2))).sum().backward()
+        surrogate(leaf - logp, advantage).sum().backward()
         slopes.append(leaf.grad)
     torch.testing.assert_close(slopes[0], slopes[1], rtol=0, atol=0)
     torch.testing.assert_close(slopes[0], advantage, rtol=0, atol=0)
@@ -325,18 +327,19 @@ def group(rewards: list[float], lengths: list[int]) -> Group:
 
 
 def test_dapo_differs_from_grpo_in_clip_weights_overlong_and_kl() -> None:
-    settings_ = OnlineSettings(max_tokens=20, overlong_cache=8)
+    settings_ = {"max_tokens": 20, "overlong_cache": 8}
     graded = [group([1.0, 0.0], [4, 20]), group([0.0, 1.0], [4, 16])]
-    (grpo,), (dapo,) = credit(GRPO, graded, settings_), credit(DAPO, graded, settings_)
+    (grpo,), (dapo,) = credit(GRPO, graded, **settings_), credit(DAPO, graded, **settings_)
     # token mean: every token of DAPO weighs 1/44, GRPO's weigh 1/(4·|y|)
     assert [seq.rl_weight for seq in dapo] == pytest.approx([1 / 44] * 4)
     assert [seq.rl_weight for seq in grpo] == pytest.approx([1 / (4 * n) for n in (4, 20, 4, 16)])
     # soft overlong punishment: L_max 20, cache 8, so 20 tokens cost 1 and 16 tokens cost (12 − 16)/8 = −½
     punished = [[1.0, -1.0], [0.0, 0.5]]
     wanted = [(r - statistics.fmean(g)) / (statistics.stdev(g) + 1e-4) for g in punished for r in g]
-    assert [seq.advantage for seq in dapo] == pytest.approx(wanted)
+    assert [seq.advantage[0] for seq in dapo] == pytest.approx(wanted)
     plain = [(r - 0.5) / (math.sqrt(0.5) + 1e-4) for r in (1.0, 0.0, 0.0, 1.0)]
-    assert [seq.advantage for seq in grpo] == pytest.approx(plain)
+    assert [seq.advantage[0] for seq in grpo] == pytest.approx(plain)
+    assert all(len(set(seq.advantage)) == 1 for seq in grpo + dapo)
     assert all(seq.old_logps == [-1.0] * seq.targets for seq in dapo)
     # clip-higher: at ρ = 1.25 and A > 0 DAPO still has a gradient; at ρ = 1.3 neither has
     for log_ratio, moves in ((math.log(1.25), (False, True)), (math.log(1.3), (False, False))):
@@ -355,12 +358,12 @@ def test_dapo_differs_from_grpo_in_clip_weights_overlong_and_kl() -> None:
 def test_minibatches_partition_the_groups_and_each_has_weight_one() -> None:
     graded = [group([1.0, 0.0, 0.5], [2, 3, 4]), group([0.0, 1.0, math.nan], [5, 6, 7])]
     for row in (GRPO, DAPO):
-        chunks = credit(row, graded, OnlineSettings(minibatches=4, max_tokens=20))
-        assert sorted(seq.targets for chunk in chunks for seq in chunk) == [2, 3, 4, 5, 6, 7]
+        chunks = credit(row, graded, minibatches=4, max_tokens=20)
+        assert sorted(seq.targets for chunk in chunks for seq in chunk) == [2, 3, 4, 5, 6], (
+            "what has no grade is left out"
+        )
         for chunk in chunks:
             assert sum(seq.rl_weight * seq.targets for seq in chunk) == pytest.approx(1)
-    ungraded = next(seq for chunk in chunks for seq in chunk if seq.targets == 7)
-    assert ungraded.advantage == 0
 
 
 def test_entropy_bonus_enters_with_the_tokens_weights() -> None:
@@ -380,12 +383,12 @@ def test_unknown_rows_are_refused_with_help() -> None:
 
 def test_metrics_are_sums_and_counts(tiny_model) -> None:
     """Rates over micro-batches add up to the rate of the whole: numerator and denominator, never a mean of means."""
-    policy = tiny_policy(tiny_model, moved=0.05)
     for row in ROWS.values():
+        policy = tiny_policy(tiny_model, moved=0.05, row=row)
         units = global_batch(row, policy)
         everything = collate(flatten(units))
-        whole = objective(row)(*policy.score(everything), everything)
-        parts = [objective(row)(*policy.score(collate(unit)), collate(unit)) for unit in units]
+        whole = objective(row)(policy.measure(everything, entropy=True), everything)
+        parts = [objective(row)(policy.measure(collate(unit), entropy=True), collate(unit)) for unit in units]
         for name, (top, bottom) in whole.metrics.items():
             assert sum(p.metrics[name][1].item() for p in parts) == bottom.item()
             assert sum(p.metrics[name][0].item() for p in parts) == pytest.approx(top.item(), rel=1e-4, abs=1e-5)

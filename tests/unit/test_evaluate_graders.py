@@ -1,9 +1,13 @@
 from __future__ import annotations
 
 import math
+import socket
+import subprocess
+import sys
 from fractions import Fraction
 from typing import Any
 
+import jsonschema
 import numpy as np
 import pytest
 
@@ -11,13 +15,19 @@ from ascent.evaluate.graders import BUILTIN, as_score
 from ascent.evaluate.program import Program
 from ascent.records import Episode, Score, Task, Unscored
 
+DOSE = {"type": "object", "properties": {"dose": {"type": "number"}, "route": {"enum": ["oral"]}}, "required": ["dose"]}
+
 
 def grade(name: str, text: str, expected: dict[str, Any] | None) -> float | None:
+    return score_of(name, text, expected).value
+
+
+def score_of(name: str, text: str, expected: dict[str, Any] | None) -> Score:
     task = Task(id="1", expected=expected)
     output = Program().finish(text, {})
     score = as_score(name, BUILTIN[name](task, Episode(task_id="1", model="m", messages=(), text=text, output=output)))
     assert score.name == name
-    return score.value
+    return score
 
 
 @pytest.mark.parametrize(
@@ -45,6 +55,12 @@ def grade(name: str, text: str, expected: dict[str, Any] | None) -> float | None
         ("numeric", "0.0005", {"answer": 0, "tolerance": 0.001}, 1.0),
         ("numeric", "none", {"answer": 0}, 0.0),
         ("regex", "take 2 tablets", {"pattern": r"\b\d+ tablets?\b"}, 1.0),
+        ("json_schema", '{"dose": 2}', {"schema": DOSE}, 1.0),
+        ("json_schema", '{"dose": 2, "route": "oral"}', {"schema": DOSE}, 1.0),
+        ("json_schema", '{"dose": "2"}', {"schema": DOSE}, 0.0),
+        ("json_schema", "{}", {"schema": DOSE}, 0.0),
+        ("json_schema", "two", {"schema": DOSE}, 0.0),
+        ("json_schema", "[1, 2.0]", {"schema": {"type": "array", "items": {"type": "integer"}}}, 1.0),
         ("regex", "take two tablets", {"pattern": r"\b\d+ tablets?\b"}, 0.0),
     ],
 )
@@ -86,3 +102,41 @@ def test_none_is_not_applicable_and_a_score_keeps_its_words() -> None:
     assert as_score("g", None).unscored is Unscored.not_applicable
     score = as_score("g", Score(name="other", value=0.5, label="half", reason="why"))
     assert score == Score(name="g", value=0.5, label="half", reason="why")
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ('{"dose": "2"}', "$.dose: '2' is not of type 'number'"),
+        ('{"dose": 2, "route": "nasal"}', "$.route: 'nasal' is not one of ['oral']"),
+        ("{}", "$: 'dose' is a required property"),
+    ],
+)
+def test_a_broken_schema_rule_is_named_with_its_path(text: str, reason: str) -> None:
+    assert score_of("json_schema", text, {"schema": DOSE}).reason == reason
+
+
+def test_a_schema_that_is_none_or_leads_elsewhere_is_an_error_and_nothing_is_fetched() -> None:
+    with pytest.raises(jsonschema.SchemaError):
+        grade("json_schema", "{}", {"schema": {"type": "thing"}})
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(0.05)
+        address = f"http://127.0.0.1:{server.getsockname()[1]}/schema.json"
+        with pytest.raises(jsonschema.exceptions._WrappedReferencingError):
+            grade("json_schema", "{}", {"schema": {"$ref": address}})
+        with pytest.raises(TimeoutError):
+            server.accept()
+
+
+def test_a_reference_inside_the_schema_is_followed() -> None:
+    schema = {"$defs": {"n": {"type": "integer"}}, "type": "array", "items": {"$ref": "#/$defs/n"}}
+    assert grade("json_schema", "[1, 2]", {"schema": schema}) == 1.0
+    assert score_of("json_schema", '[1, "2"]', {"schema": schema}).reason.startswith("$[1]: ")
+
+
+def test_graders_stay_light() -> None:
+    """Every grader worker imports them, and jsonschema only when a schema is to be checked."""
+    heavy = ("torch", "numpy", "scipy", "transformers", "jsonschema")
+    code = f"import ascent.evaluate.graders, sys; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -9,9 +9,10 @@ import pytest
 import torch
 from inference_files import CHATML, CONTEXT, HEADS, KV_HEADS, LAYERS, WIDTH, sha256, vocabulary, write_gguf
 from safetensors.numpy import load_file, save_file
+from test_embeddings_files import write_tiny_embedder
 
 from ascent.inference.chat import Renderer
-from ascent.inference.convert import convert_gguf, import_model, inspect_folder
+from ascent.inference.convert import EmbedderConfig, convert_gguf, import_model, inspect_folder
 from ascent.inference.store import Store
 from ascent.records.errors import AscentError, BadInput, Corrupt, NoSpace
 
@@ -264,3 +265,55 @@ def test_a_faulty_adapter_is_refused(adapter, tmp_path, damage, message):
 
 def test_the_test_vocabulary_is_a_real_one():
     assert len(vocabulary()) == len(set(vocabulary()))
+
+
+def test_an_embedder_is_imported_with_its_layout(tmp_path):
+    from transformers import BertModel
+
+    folder = write_tiny_embedder(tmp_path / "m")
+    store = Store(tmp_path / "s")
+    stored = import_model(folder, "tiny", store, licence="MIT")
+    card = store.card("tiny")
+    size = sum(parameter.numel() for parameter in BertModel.from_pretrained(folder).parameters())
+    assert (card.kind, card.family, card.context, card.parameters) == ("embedder", "bert", 16, size)
+    assert EmbedderConfig.from_folder(stored) == EmbedderConfig(
+        pooling="mean", normalise=True, max_tokens=16, prompts={}
+    )
+
+
+def test_the_layout_of_sentence_transformers_6_reads_alike(tmp_path):
+    """Full module paths, one field for the pooling, and the length in the tokenizer's configuration."""
+    folder = write_tiny_embedder(tmp_path / "m", prompts={"query": "q: ", "document": ""})
+    modules = json.loads((folder / "modules.json").read_text())
+    names = ("base.modules.transformer.Transformer", "sentence_transformer.modules.pooling.Pooling")
+    for module, name in zip(modules, (*names, "base.modules.normalize.Normalize"), strict=True):
+        module["type"] = f"sentence_transformers.{name}"
+    (folder / "modules.json").write_text(json.dumps(modules))
+    pooling = folder / "1_Pooling" / "config.json"
+    pooling.write_text(json.dumps({"embedding_dimension": 32, "pooling_mode": "cls", "include_prompt": True}))
+    (folder / "sentence_bert_config.json").write_text("{}")
+    assert EmbedderConfig.from_folder(folder) == EmbedderConfig(
+        pooling="cls", normalise=True, max_tokens=64, prompts={"query": "q: "}
+    )
+    pooling.write_text(json.dumps({"pooling_mode": "mean", "include_prompt": False}))
+    with pytest.raises(BadInput, match="field 'include_prompt' is false"):
+        EmbedderConfig.from_folder(folder)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: (f / "modules.json").write_text("{}"), "the modules are none"),
+        (lambda f: (f / "modules.json").write_text('[{"idx": 0}]'), "is not a list of modules"),
+        (lambda f: (f / "1_Pooling" / "config.json").unlink(), "1_Pooling/config.json: is not JSON"),
+        (lambda f: (f / "model.safetensors").unlink(), "has no model.safetensors"),
+        (lambda f: [file.unlink() for file in [*f.glob("tokenizer.json"), f / "vocab.txt"]], "has no tokenizer"),
+    ],
+)
+def test_a_faulty_embedder_is_refused(tmp_path, damage, message):
+    folder = write_tiny_embedder(tmp_path / "m")
+    damage(folder)
+    store = Store(tmp_path / "s")
+    with pytest.raises(AscentError, match=message):
+        import_model(folder, "tiny", store)
+    assert store.list() == []

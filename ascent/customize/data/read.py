@@ -30,7 +30,23 @@ from ascent.customize.data.problems import Problems
 from ascent.records import DataSource
 from ascent.records.errors import BadData
 
-FIELDS = frozenset({"id", "group", "input", "messages", "expected", "target", "chosen", "rejected"})
+FIELDS = frozenset(
+    {
+        "id",
+        "group",
+        "input",
+        "messages",
+        "expected",
+        "target",
+        "chosen",
+        "rejected",
+        "chosen_score",
+        "rejected_score",
+        "answer",
+        "good",
+        "text",
+    }
+)
 NESTED = ("input", "expected")
 AS_JSON = (*NESTED, "messages")
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}

@@ -69,6 +69,27 @@ class Row:
             return value
         return None
 
+    def number(self, field: str) -> float | None:
+        """Return an optional finite number; None when it is absent or wrong."""
+        value = self.values.get(field)
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            self.problem(field, f"must be a number, is {kind_of(value)}")
+            return None
+        return float(value)
+
+    def truth(self, field: str, purpose: str) -> bool | None:
+        """Return a required true or false; 1 and 0 are taken as such."""
+        value = self.values.get(field)
+        if isinstance(value, bool) or value in (0, 1):
+            return bool(value)
+        if value is None:
+            self.problem(field, f"is missing; add {purpose}")
+        else:
+            self.problem(field, f"must be true or false, is {kind_of(value)}")
+        return None
+
     def mapping(self, field: str) -> dict[str, Any] | None:
         """Return an object field that is present; None when it is absent or wrong."""
         value = self.values.get(field)

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from ascent.customize.batch import TrainSequence, micro_batches
-from ascent.customize.objectives.credit import advantages, overlong_punishment
-from ascent.customize.objectives.rows import OnlineRow, objective
-from ascent.customize.objectives.weights import WEIGHTS
+from ascent.customize.batch import TokenBatch, TrainSequence, micro_batches
+from ascent.customize.loops.credit import Annotate, Annotated, credit
+from ascent.customize.objectives.losses import objective
+from ascent.customize.objectives.rows import OnlineRow
 from ascent.customize.order import items_at
-from ascent.customize.rollout import Group, rollout
+from ascent.customize.policy import Policy, per_target, teacher_logps
+from ascent.customize.rollout import Group, reward_of
 from ascent.customize.run import TrainingRun
 from ascent.customize.trainer import Trainer
-from ascent.evaluate.pool import GraderPool
+from ascent.evaluate.agreement import diverged
 from ascent.inference.engine import Sampling
 from ascent.inference.engines.torch import TorchEngine
 from ascent.inference.lora import policy_hash
@@ -30,18 +32,23 @@ EMPTY_STEPS = 3  # this many steps without one informative group end the run: th
 class OnlineSettings:
     """How much to sample. `prompts` groups of `group` samples make a step, split into `minibatches` updates.
 
-    `refills` bounds dynamic sampling: how many times the prompts of a step may be drawn again to replace dead groups.
-    `overlong_cache` is DAPO's L_cache in tokens.
+    `max_tokens` bounds a turn, `max_turns` the assistant turns of an episode. `overlong_cache` is DAPO's L_cache in
+    tokens. `gold` names a grader that is measured beside the reward, never trained on.
     """
 
     prompts: int = 8
     group: int = 8
     minibatches: int = 1
     max_tokens: int = 64
+    max_turns: int = 1
     temperature: float = 1.0
-    refills: int = 3
     overlong_cache: int = 16
     reward: str = "reward"
+    gold: str | None = None
+
+
+Sample = Callable[[Sequence[Task], Sampling], tuple[list[Group], dict[str, float]]]
+"""Sample and grade groups for tasks; the second result is what there is to log about lost rollouts and the like."""
 
 
 def train_online(
@@ -49,7 +56,7 @@ def train_online(
     row: OnlineRow,
     tasks: Sequence[Task],
     engine: TorchEngine,
-    pool: GraderPool,
+    sample: Sample,
     run: TrainingRun,
     settings: OnlineSettings,
     *,
@@ -58,28 +65,60 @@ def train_online(
 ) -> None:
     """Train on graded samples of `tasks` for the trainer's total steps.
 
-    A trainer step is one optimizer update; every `minibatches` updates share one rollout.
+    A trainer step is one optimizer update; every `minibatches` updates share one rollout, whose mismatch to the
+    trainer is what the first of them finds between the sampler's log-probs and its own.
     """
     loss = objective(row)
+    annotate = annotator(trainer.policy, row, token_budget, settings.temperature)
     chunks: list[list[TrainSequence]] = []
     facts: dict[str, float] = {}
     for step in run.steps(trainer):
-        if step % settings.minibatches == 0 or not chunks:
+        fresh = step % settings.minibatches == 0 or not chunks
+        if fresh:
             engine.synchronise(trainer.policy.decoder)
             require_current(engine, trainer)
-            groups, facts = collect_groups(row, tasks, engine, pool, run, settings, seed)
-            _note_empty(run, any(group.informative for group in groups))
-            chunks = credit(row, groups, settings)
+            groups, facts = collect_groups(row, tasks, sample, run, settings, seed)
+            _note_empty(run, row.teacher or any(group.informative for group in groups))
+            _note_divergence(run, facts)
+            chunks = credit(
+                row,
+                groups,
+                max_tokens=settings.max_tokens * settings.max_turns,
+                minibatches=settings.minibatches,
+                overlong_cache=settings.overlong_cache,
+                annotate=annotate,
+            )
         batch = chunks.pop(0)
-        if row.kl and batch:
-            trainer.policy.add_reference([[seq] for seq in batch], token_budget, temperature=settings.temperature)
         metrics = trainer.update(
             micro_batches([[seq] for seq in batch], token_budget),
             loss,
             temperature=settings.temperature,
             entropy=True,
         )
+        if fresh and row.correction == "none":
+            facts["mismatch_kl"] = metrics.get("approx_kl", math.nan)
         run.log(step, trainer.total_steps, sum(len(seq.token_ids) for seq in batch), {**facts, **metrics})
+
+
+def annotator(policy: Policy, row: OnlineRow, token_budget: int, temperature: float) -> Annotate:
+    """Return what scores sampled sequences as far as the row needs it, before the first update sees them."""
+
+    def annotate(sequences: Sequence[TrainSequence]) -> Annotated:
+        def run(measure: Callable[[TokenBatch], Tensor]) -> list[list[float]]:
+            return per_target(sequences, token_budget, measure)
+
+        def score(batch: TokenBatch) -> Tensor:
+            return policy.score(batch, temperature=temperature, entropy=False)[0]
+
+        teacher = policy.teacher if row.teacher else None
+        return Annotated(
+            reference=run(lambda b: policy.reference(b, temperature=temperature)) if row.kl or row.reward_kl else (),
+            trainer=run(score) if row.correction != "none" else (),
+            teacher=teacher_logps(teacher, sequences, token_budget, temperature) if teacher is not None else (),
+            values=run(lambda b: policy.measure(b, temperature=temperature).head) if row.critic else (),
+        )
+
+    return annotate
 
 
 def require_current(engine: TorchEngine, trainer: Trainer) -> None:
@@ -102,8 +141,7 @@ def require_current(engine: TorchEngine, trainer: Trainer) -> None:
 def collect_groups(
     row: OnlineRow,
     tasks: Sequence[Task],
-    engine: TorchEngine,
-    pool: GraderPool,
+    sample: Sample,
     run: TrainingRun,
     settings: OnlineSettings,
     seed: int,
@@ -114,7 +152,8 @@ def collect_groups(
     """
     kept: list[Group] = []
     seen: list[Group] = []
-    for _ in range(1 if row.keep_dead_groups else 1 + settings.refills):
+    counted: dict[str, float] = {}
+    for _ in range(1 + (row.refills or 0)):
         wanted = settings.prompts - len(kept)
         cursor = run.state.get("cursor", 0)
         drawn = [tasks[i] for i in items_at(cursor, wanted, len(tasks), seed)]
@@ -125,43 +164,44 @@ def collect_groups(
             temperature=settings.temperature,
             seed=seed * 1_000_003 + cursor,
         )
-        groups = rollout(engine, drawn, pool, sampling, settings.reward)
+        groups, numbers = sample(drawn, sampling)
+        for name, number in numbers.items():
+            counted[name] = counted.get(name, 0.0) + number
         seen += groups
         kept += groups if row.keep_dead_groups else [group for group in groups if group.informative]
         if len(kept) >= settings.prompts:
             break
-    rewards = [reward for group in seen for reward in group.rewards]
+    return kept, facts_of(seen, settings.gold) | counted
+
+
+def facts_of(groups: Sequence[Group], gold: str | None = None) -> dict[str, float]:
+    """What a rollout's log line says: mean reward of what was graded, and how much was not; the gold grader's mean."""
+    rewards = [reward for group in groups for reward in group.rewards]
     known = [reward for reward in rewards if not math.isnan(reward)]
-    lengths = [episode.completion_tokens for group in seen for episode in group.episodes]
+    episodes = [episode for group in groups for episode in group.episodes]
     facts = {
         "reward": sum(known) / len(known) if known else math.nan,
         "ungraded": float(len(rewards) - len(known)),
-        "informative_groups": sum(group.informative for group in seen) / len(seen),
-        "prompts_drawn": float(len(seen)),
-        "completion_tokens": sum(lengths) / len(lengths),
+        "informative_groups": sum(group.informative for group in groups) / len(groups),
+        "prompts_drawn": float(len(groups)),
+        "completion_tokens": sum(episode.completion_tokens for episode in episodes) / len(episodes),
     }
-    return kept, facts
+    if gold is not None:
+        values = [value for episode in episodes if not math.isnan(value := reward_of(episode, gold))]
+        facts["gold"] = sum(values) / len(values) if values else math.nan
+    return facts
 
 
-def credit(row: OnlineRow, groups: Sequence[Group], settings: OnlineSettings) -> list[list[TrainSequence]]:
-    """Turn groups into `minibatches` lists of weighted sequences; weights of each list sum to one."""
-    sequences: list[TrainSequence] = []
-    for group in groups:
-        rewards = list(group.rewards)
-        if row.overlong:
-            rewards = [
-                reward + overlong_punishment(episode.completion_tokens, settings.max_tokens, settings.overlong_cache)
-                for reward, episode in zip(rewards, group.episodes, strict=True)
-            ]
-        for episode, advantage in zip(group.episodes, advantages(rewards, row.baseline, row.scale), strict=True):
-            old = [logp for logp, kept in zip(episode.logps, episode.loss_mask, strict=True) if kept]
-            sequences.append(TrainSequence(episode.token_ids, episode.loss_mask, advantage=advantage, old_logps=old))
-    chunks = [sequences[i :: settings.minibatches] for i in range(settings.minibatches)]
-    for chunk in chunks:
-        weights = WEIGHTS[row.weights]([seq.targets for seq in chunk]) if chunk else []
-        for seq, weight in zip(chunk, weights, strict=True):
-            seq.rl_weight = seq.kl_weight = weight
-    return chunks
+def _note_divergence(run: TrainingRun, facts: dict[str, float]) -> None:
+    """End the run when the reward keeps rising while the gold grader, which nothing trains on, falls."""
+    if "gold" not in facts:
+        return
+    curves = run.state.setdefault("curves", {"reward": [], "gold": []})
+    for name, curve in curves.items():
+        curve.append(facts[name])
+    reason = diverged(curves["reward"], curves["gold"])
+    if reason is not None:
+        run.state["ended"] = reason
 
 
 def _note_empty(run: TrainingRun, informative: bool) -> None:

@@ -1,11 +1,12 @@
-"""Supervised training: demonstrations in, cross-entropy on the assistant's tokens."""
+"""Supervised training: texts in, cross-entropy on the target tokens or a divergence to a teacher."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from ascent.customize.batch import TrainSequence, micro_batches
-from ascent.customize.objectives.rows import SupervisedRow, objective
+from ascent.customize.objectives.losses import objective
+from ascent.customize.objectives.rows import SupervisedRow
 from ascent.customize.objectives.weights import WEIGHTS
 from ascent.customize.order import items_at
 from ascent.customize.run import TrainingRun
@@ -26,7 +27,7 @@ def train_supervised(
     loss = objective(row)
     for step in run.steps(trainer):
         batch = [sequences[i] for i in items_at(step * batch_size, batch_size, len(sequences), seed)]
-        weights = WEIGHTS[row.weights]([seq.targets for seq in batch])
+        weights = WEIGHTS[row.weights]([seq.targets for seq in batch], 0)
         for seq, weight in zip(batch, weights, strict=True):
             seq.ce_weight = weight
         metrics = trainer.update(micro_batches([[seq] for seq in batch], token_budget), loss)
