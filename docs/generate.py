@@ -6,6 +6,7 @@ Names, types, defaults and meanings come from the code; only the sentences aroun
 from __future__ import annotations
 
 import dataclasses
+import re
 import sys
 import types
 import typing
@@ -19,7 +20,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from ascent.cli.main import cli
-from ascent.customize.objectives.rows import ROWS
+from ascent.customize.objectives.rows import ROWS, PreferenceRow, Row, SupervisedRow
 from ascent.customize.recipes import (
     DataSpec,
     HarnessSpec,
@@ -67,7 +68,7 @@ def pages() -> dict[str, str]:
     return {
         "cli.md": NOTE + cli_page(),
         "recipes.md": NOTE + recipes_page(),
-        "algorithms.md": NOTE + algorithms_page(),
+        "techniques.md": NOTE + techniques_page(),
         "usecase.md": NOTE + usecase_page(),
     }
 
@@ -119,7 +120,7 @@ def recipes_page() -> str:
     parts = [
         "# Recipes\n",
         "A recipe is a YAML file for `ascent train`; a stage of a use case overrides the same fields under `recipe:`.",
-        "`algorithm` names the row ([algorithms](algorithms.md)) and thereby the fields that are allowed. An unknown",
+        "`algorithm` names the row ([techniques](techniques.md)) and thereby the fields that are allowed. An unknown",
         "key is an error that names the nearest valid one. Paths are relative to the recipe.\n",
     ]
     recipes = (SupervisedRecipe, PreferenceRecipe, OnlineRecipe)
@@ -129,29 +130,136 @@ def recipes_page() -> str:
     return "\n".join(parts)
 
 
-def algorithms_page() -> str:
-    """The rows with their axes."""
+DISAGREEMENTS = (
+    (
+        "KL term",
+        "`grpo`, any row with `kl`",
+        "TRL's k3 in the loss has, on policy, the expected gradient of KL(ref‖π), the forward one; only with "
+        "`use_bias_correction_kl` is it right. Ours has the value of k3 and the gradient of KL(π‖ref), shown by full "
+        "enumeration in `tests/oracles/test_objectives.py`.",
+    ),
+    (
+        "dapo",
+        "`dapo`",
+        'TRL\'s `loss_type="dapo"` is the token mean alone: its upper bound stays 1.2, groups without spread stay, and '
+        "length is not punished. Ours is all four parts of the paper.",
+    ),
+    (
+        "cispo bounds",
+        "`cispo`",
+        "With ε_high unset TRL clamps the ratio to at most 0.2, which scales every step by a fifth or less. Ours is "
+        "[0, 5].",
+    ),
+    (
+        "NLL of rpo_nll",
+        "`rpo_nll`",
+        "TRL averages the NLL over the tokens of all chosen answers, the paper (Eq. 1) over answers after dividing by "
+        "their length. They are equal where chosen answers are equally long.",
+    ),
+    (
+        "apo_zero scale",
+        "`apo_zero`",
+        "TRL's paired form adds the two answers of a pair, ours averages over answers, as KTO does: half of theirs.",
+    ),
+    (
+        "ORPO's likelihood",
+        "`orpo`",
+        "TRL takes it over prompt and answer. Ours is the answer's, per token, as their `disable_prompt_loss`: a "
+        "prompt is given, not learnt.",
+    ),
+    (
+        "label smoothing",
+        "`dpo`",
+        "TRL 1.16 has no cDPO loss any more; its `robust` divides by 1 − 2ε and can be negative without bound. Ours is "
+        "Mitchell's (1−ε)·link(m) + ε·link(−m).",
+    ),
+    (
+        "group deviation",
+        "`grpo` and kin",
+        "None: both take the sample deviation (ddof 1) plus 1e-4. The paper does not say which.",
+    ),
+)
+"""Topic, rows, what differs from TRL 1.16 and why ours is right; `tests/oracles/test_trl.py` compares the rest."""
+
+PICKED = {
+    "supervised": "the prompted model misses the target and there are enough demonstrations (`priors.sft.labels`)",
+    "preference": "there are enough pairs, given or made from the champion's own graded samples (`priors.dpo.pairs`)",
+    "online": "a verifier told right from wrong answers, some groups of samples differ in reward, and pass@k exceeds "
+    "pass@1",
+}
+
+
+def techniques_page() -> str:
+    """The rows with what they feed on, their axes, and where they differ from TRL."""
+    rows = [(f"`{row.name}`", row.kind, data_words(row), row.source) for row in ROWS.values()]
     parts = [
-        "# Algorithms\n",
-        "Every algorithm is a frozen row of choices; the trainer does not know which row it runs. A new one is one",
-        "entry in `ascent/customize/objectives/rows.py` and one identity test.\n",
-        table(("row", "kind", "from"), [(f"`{row.name}`", row.kind, row.source) for row in ROWS.values()]),
+        "# Techniques\n",
+        "Every technique is a frozen row of choices; the trainer does not know which row it runs. A new one is one",
+        "entry in `ascent/customize/objectives/rows.py` and one identity test. A recipe names the row as `algorithm`",
+        "and may choose otherwise on its axes: `axes: {beta: 0.2}`.\n",
+        table(("row", "kind", "data", "from"), rows),
+        "Beside the rows: [frozen features and a calibrated classifier](../ascent/customize/features/__init__.py),",
+        "[embedding tuning](cli.md#ascent-embed) and [multi-turn episodes with tools](recipes.md#harnessspec).\n",
+        "## When the ladder picks a kind\n",
+        table(("kind", "a stage of it starts when"), [(kind, words) for kind, words in PICKED.items()]),
+        "A stage that starts is kept only if a paired test on held-out items shows it better and no guard is harmed.\n",
     ]
     for kind in dict.fromkeys(type(row) for row in ROWS.values()):
-        rows = [row for row in ROWS.values() if type(row) is kind]
+        own = [row for row in ROWS.values() if type(row) is kind]
         axes = [field.name for field in dataclasses.fields(kind) if field.name not in ("name", "source", "kind")]
-        if not axes:
-            continue
-        cells = [(f"`{axis}`", *(axis_words(getattr(row, axis)) for row in rows)) for axis in axes]
-        parts += [f"## {rows[0].kind}\n", f"{(kind.__doc__ or '').strip()}\n"]
-        parts.append(table(("axis", *(f"`{row.name}`" for row in rows)), cells))
+        formula, _, meanings = (kind.__doc__ or "").partition("Attributes:")
+        parts += [f"## {own[0].kind}\n", " ".join(formula.split()) + "\n", axes_table(meanings)]
+        cells = [(f"`{row.name}`", choices(row, axes)) for row in own]
+        parts.append(table(("row", "choices other than the default"), cells))
+    parts += [
+        "## Where TRL differs\n",
+        "Losses and gradients equal those of TRL 1.16 to 1e-5 in fp32 (`tests/oracles/test_trl.py`), but for:\n",
+        table(("topic", "rows", "difference"), list(DISAGREEMENTS)),
+    ]
     return "\n".join(parts)
+
+
+def data_words(row: Row) -> str:
+    """What a row feeds on."""
+    if isinstance(row, SupervisedRow):
+        asked = "raw text, demonstrations mixed in" if row.corpus else "demonstrations"
+        if row.name == "distill_sequence":
+            return "prompts and a teacher on any engine"
+        return f"{asked} and a teacher of the same vocabulary" if row.teacher else asked
+    if isinstance(row, PreferenceRow):
+        if row.pairing == "unpaired":
+            return "single answers, good or bad"
+        return "pairs with given rewards" if row.scored else "pairs"
+    if row.teacher:
+        return "prompts and a teacher of the same vocabulary"
+    return "prompts and a reward" + (" (a critic is trained beside)" if row.critic else "")
+
+
+def axes_table(meanings: str) -> str:
+    """The attributes of a row's docstring as a table."""
+    found: list[tuple[str, str]] = []
+    for line in meanings.splitlines():
+        name, colon, words = line.strip().partition(": ")
+        if colon and line.startswith(" " * 8) and not line.startswith(" " * 9):
+            found.append((", ".join(f"`{part}`" for part in name.split(", ")), words))
+        elif line.strip() and found:
+            found[-1] = (found[-1][0], f"{found[-1][1]} {line.strip()}")
+    return table(("axis", "meaning"), found)
+
+
+def choices(row: Row, axes: list[str]) -> str:
+    """A row's choices where they are not the kind's default."""
+    defaults = {field.name: field.default for field in dataclasses.fields(row)}
+    own = [f"{axis} {axis_words(getattr(row, axis))}" for axis in axes if getattr(row, axis) != defaults[axis]]
+    return ", ".join(own) or "the defaults"
 
 
 def axis_words(value: Any) -> str:
     """Return a row's choice on an axis."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return ", ".join(f"{name} {inner}" for name, inner in dataclasses.asdict(value).items())
+        return ", ".join(
+            f"{name} {inner:.5g}" for name, inner in dataclasses.asdict(value).items() if inner is not None
+        )
     return "yes" if value is True else "no" if value is False else f"{value}"
 
 
@@ -279,10 +387,15 @@ def first_paragraph(kind: type) -> str:
     return " ".join((kind.__doc__ or "").split())
 
 
+def cell_words(text: str) -> str:
+    """Return a text that may stand in a table's cell."""
+    return re.sub(r"(?<!\\)\|", r"\\|", text.replace("\n", " "))
+
+
 def table(heads: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     """Return a Markdown table."""
     lines = [heads, tuple("---" for _ in heads), *rows]
-    return "\n".join(f"| {' | '.join(cell.replace(chr(10), ' ') for cell in line)} |" for line in lines) + "\n"
+    return "\n".join(f"| {' | '.join(cell_words(cell) for cell in line)} |" for line in lines) + "\n"
 
 
 def main() -> None:

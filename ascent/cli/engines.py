@@ -43,20 +43,16 @@ def open_engine(model: str) -> Engine:
         UnknownName: there is no such model.
         BadInput: the remote address is incomplete, or the embedded engine cannot run the architecture.
     """
+    from ascent.inference.engines.named import open_named, remote_address
     from ascent.inference.store import Store
-    from ascent.ladder.measure import Candidate, engine_of
-    from ascent.records.errors import BadInput
 
-    if model.startswith("remote:"):
-        url, _, name = model.removeprefix("remote:").partition("#")
-        if not url or not name:
-            raise BadInput(f"{model!r} is not remote:URL#MODEL, such as remote:http://127.0.0.1:8000/v1#my-model")
-        return engine_of(Candidate(name, None, False, url))
+    if remote_address(model) is not None:
+        return open_named(model)
     store = Store()
     folder = model_folder(model, store)
     if (folder / "adapter_config.json").is_file():
         return _adapted(folder, store)
-    return engine_of(Candidate(folder.name, folder, False))
+    return open_named(str(folder))
 
 
 def _adapted(folder: Path, store: Store) -> Engine:

@@ -30,6 +30,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "plan": ("ascent.cli.plan", "Say what a training recipe will take, before it starts."),
     "train": ("ascent.cli.train", "Run one training recipe."),
     "search": ("ascent.cli.search", "Search for the best values of a recipe's fields."),
+    "embed": ("ascent.cli.embed", "Tune an embedder for retrieval."),
     "eval": ("ascent.cli.eval", "Measure a model on a data file."),
     "report": ("ascent.cli.report", "Write the report of a run again."),
     "models": ("ascent.cli.models", "List, fetch, show, export and import models."),

@@ -34,7 +34,7 @@ def list_models() -> None:
     for name, entry in catalogue.items():
         if name not in here:
             source = ", ".join(entry.sources)
-            rows.append((name, megabytes(entry.bytes), entry.licence, entry.family, "base", "no", _short(source)))
+            rows.append((name, megabytes(entry.bytes), entry.licence, entry.family, entry.kind, "no", _short(source)))
     table(("model", "size", "licence", "family", "kind", "here", "source"), rows)
 
 
@@ -122,7 +122,7 @@ def import_(
     base: str | None,
     dtype: Literal["float32", "bfloat16"] | None,
 ) -> None:
-    """Bring a GGUF file, a safetensors folder or a PEFT adapter folder into the store."""
+    """Bring a GGUF file, a safetensors folder, a PEFT adapter folder or an embedder into the store."""
     from ascent.inference.convert import import_model
 
     called = name or (path.resolve().name if path.is_dir() else path.stem).lower().replace(" ", "-")

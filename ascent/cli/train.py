@@ -65,7 +65,7 @@ def _run(recipe: Recipe, folder: Path) -> None:
     start = model_folder(recipe.model, Store())
     planned = plan(recipe, start, data)
     with contextlib.ExitStack() as stack:
-        card = train(recipe, start, data, folder, report=_progress(recipe.algorithm, stack), announce=_announce)
+        card = train(recipe, start, data, folder, report=step_report(recipe.algorithm, stack), announce=_announce)
     outcome = record_outcome(planned, card, folder)
     size = f"at most {card.peak_rss_mb:,.0f} MB"
     note(f"planned: {outcome.predicted['seconds']:.0f} s, {outcome.predicted['peak_mb']:,.0f} MB")
@@ -176,7 +176,7 @@ def _announce(facts: dict[str, object]) -> None:
         note(f"{name}: {value:,}" if isinstance(value, int) else f"{name}: {value}")
 
 
-def _progress(task: str, stack: contextlib.ExitStack) -> Callable[[int, int, dict[str, float]], None]:
+def step_report(task: str, stack: contextlib.ExitStack) -> Callable[[int, int, dict[str, float]], None]:
     """Return a step report that draws one live line, from the first step that this process does."""
     from ascent.observe import Progress
 

@@ -162,6 +162,9 @@ class PreferenceRecipe(RecipeBase):
     """Passes over the pairs."""
     batch_size: int = Field(default=8, ge=1)
     """Pairs, or single answers, per step."""
+    embedder: str | None = None
+    """For rpo_relative: a sentence embedder of the store, such as all-minilm-l6-v2, that tells how alike prompts are;
+    null takes the start model's own hidden states."""
     optim: OptimSpec = OptimSpec(lr=5e-5)
     """Optimizer."""
 

@@ -12,6 +12,7 @@ import torch
 from ascent.customize.agentic.harness import Harness
 from ascent.customize.agentic.multiturn import harness_of
 from ascent.customize.batch import TrainSequence, collate
+from ascent.customize.judging import open_judge
 from ascent.customize.loops.online import Sample
 from ascent.customize.policy import DTYPES, HEAD, zero_head
 from ascent.customize.recipes import OnlineRecipe
@@ -110,7 +111,7 @@ class Rewards:
 
 @contextlib.contextmanager
 def open_rewards(
-    recipe: OnlineRecipe, renderer: Renderer, announce: Callable[[dict[str, object]], None]
+    recipe: OnlineRecipe, renderer: Renderer, folder: Path, announce: Callable[[dict[str, object]], None]
 ) -> Iterator[Rewards]:
     """Open a recipe's source of rewards; its grader and environment processes end with the block.
 
@@ -127,5 +128,14 @@ def open_rewards(
         if spec.model is not None:
             model = RewardModel(spec.model, renderer, recipe.precision)
             yield Rewards(model.name, pool, model.grade, harness)
+        elif spec.judge is not None:
+            judge, check = open_judge(spec.judge, folder)
+            announce(
+                {
+                    "judge": judge.engine.model,
+                    "agreement": check.value if check else f"overridden: {spec.judge.override}",
+                }
+            )
+            yield Rewards(judge.name, pool, judge.grade, harness)
         else:
             yield Rewards(spec.grader or "none", pool, harness=harness)

@@ -168,7 +168,7 @@ class _Job:
         head: HeadKind | None = "reward" if row.score == "head" else None
         trainer = self._trainer(_steps(recipe, len(units)), {"units": len(units)}, head=head)
         if row.pairing == "cross":
-            embed_prompts(trainer.policy, units, recipe.token_budget)
+            embed_prompts(trainer.policy, units, recipe.token_budget, _embedding(recipe, data.preferences))
         train_preference(
             trainer,
             row,
@@ -201,7 +201,7 @@ class _Job:
         trainer = self._trainer(recipe.steps, {"prompts": len(data.tasks)}, head=head, teacher=teacher)
         sampler = load_decoder(self.start, DTYPES[recipe.precision])
         engine = TorchEngine(sampler, self.renderer, f"{recipe.model}+{row.name}")
-        with open_rewards(recipe, self.renderer, self.announce) as rewards:
+        with open_rewards(recipe, self.renderer, self.run.folder, self.announce) as rewards:
             train_online(
                 trainer,
                 row,
@@ -243,6 +243,17 @@ class _Job:
 
     def _context(self) -> int:
         return DecoderConfig.from_folder(self.start).context
+
+
+def _embedding(recipe: PreferenceRecipe, preferences: Sequence[Preference]) -> torch.Tensor | None:
+    """Embed what the users asked with the recipe's sentence embedder, if it names one."""
+    if recipe.embedder is None:
+        return None
+    from ascent.customize.embeddings.embedder import Embedder
+
+    embedder = Embedder.load(Store().resolve(recipe.embedder))
+    asked = ["\n".join(m.content for m in pair.messages if m.role == "user") for pair in preferences]
+    return torch.from_numpy(embedder.encode(asked))
 
 
 def _check_preference_data(row: PreferenceRow, recipe: PreferenceRecipe, data: TrainingData) -> None:

@@ -30,7 +30,10 @@ def export_merged(model: str, out: Path, store: Store) -> None:
     if (folder / ADAPTER_MARK).is_file():
         _merge(folder, out, store)
         return
-    _copy([file for file in folder.iterdir() if file.is_file() and _belongs(file)], out)
+    found = (
+        file for pattern in ("*", "[0-9]_*/*") for file in folder.glob(pattern)
+    )  # an embedder's modules have folders
+    _copy(folder, [file for file in found if file.is_file() and _belongs(file)], out)
 
 
 def export_adapter(model: str, out: Path, store: Store) -> None:
@@ -43,7 +46,7 @@ def export_adapter(model: str, out: Path, store: Store) -> None:
     places = [place for place in (folder, folder / "adapter") if (place / ADAPTER_MARK).is_file()]
     if not places:
         raise BadInput(f"{model} has no adapter: it is a base model or all its weights were trained; use --merged")
-    _copy([places[0] / name for name in ADAPTER_FILES], out)
+    _copy(places[0], [places[0] / name for name in ADAPTER_FILES], out)
 
 
 def adapter_base(folder: Path, store: Store) -> Path:
@@ -74,11 +77,13 @@ def _belongs(file: Path) -> bool:
     return file.name not in (CARD, FILES) and not file.name.startswith(".")
 
 
-def _copy(files: list[Path], out: Path) -> None:
+def _copy(folder: Path, files: list[Path], out: Path) -> None:
     require_space(out.absolute(), sum(file.stat().st_size for file in files), "the export")
     with folder_atomic(out.absolute()) as scratch:
         for file in files:
-            shutil.copyfile(file, scratch / file.name)
+            target = scratch / file.relative_to(folder)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, target)
 
 
 def _merge(folder: Path, out: Path, store: Store) -> None:

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ascent.inference.engines.named import remote_address
 from ascent.ladder.runs import CLIMB, read_climb
 from ascent.ladder.usecase import UseCase, load_usecase
 from ascent.ladder.workspace import open_tasks
 from ascent.records import Report
-from ascent.records.errors import BadInput, UnknownName
+from ascent.records.errors import UnknownName
 from ascent.records.files import write_atomic
 
 if TYPE_CHECKING:
@@ -87,11 +88,8 @@ def find_candidate(folder: Path, model: str) -> Candidate:
     from ascent.inference.store import Store
 
     usecase = load_usecase(folder)
-    if model.startswith("remote:"):
-        url, _, name = model.removeprefix("remote:").partition("#")
-        if not url or not name:
-            raise BadInput(f"{model!r} is not remote:URL#MODEL, such as remote:http://127.0.0.1:8000/v1#my-model")
-        return Candidate(name, None, False, url)
+    if (address := remote_address(model)) is not None:
+        return Candidate(address[1], None, False, address[0])
     if (run := latest_run(folder)) is not None and (found := _of_run(run, model, usecase)) is not None:
         return found
     store = Store()

@@ -6,8 +6,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
+from ascent.customize.objectives.rows import ROWS, OnlineRow, PreferenceRow
 from ascent.customize.yamlfile import YamlFile, read_yaml
 from ascent.ladder.priors import Priors
 from ascent.records.errors import nearest
@@ -15,9 +16,20 @@ from ascent.records.errors import nearest
 FILE = "usecase.yaml"
 Risk = Literal["low", "medium", "high"]
 Kind = Literal["prompt", "sft", "dpo", "online"]
-Row = Literal["prompt", "sft", "dpo", "grpo", "dapo"]
 
-KINDS: dict[str, Kind] = {"prompt": "prompt", "sft": "sft", "dpo": "dpo", "grpo": "online", "dapo": "online"}
+
+def _kinds() -> dict[str, Kind]:
+    """The rows that can be a stage: those that feed on demonstrations, pairs, or prompts with a reward."""
+    kinds: dict[str, Kind] = {"prompt": "prompt", "sft": "sft"}
+    for name, row in ROWS.items():
+        if isinstance(row, PreferenceRow) and row.pairing != "unpaired" and row.score != "head":
+            kinds[name] = "dpo"
+        elif isinstance(row, OnlineRow) and not row.teacher:
+            kinds[name] = "online"
+    return kinds
+
+
+KINDS = _kinds()
 """Row → technique kind. The order of the kinds is the order of the ladder."""
 
 _RUNGS: tuple[Kind, ...] = ("prompt", "sft", "dpo", "online")
@@ -118,9 +130,16 @@ class Metrics(Part):
 class StageSpec(Part):
     """One rung to climb: its algorithm row, a name that is unique in the use case, and recipe overrides."""
 
-    row: Row
+    row: str
     name: str = Field(default="", pattern=r"^[a-z0-9]?[a-z0-9_-]*$")
     recipe: dict[str, Any] = Field(default_factory=dict)
+
+    @field_validator("row")
+    @classmethod
+    def _row_can_be_a_stage(cls, row: str) -> str:
+        if row not in KINDS:
+            raise ValueError(f"no stage has the row {row!r}{nearest(row, KINDS)}; known: {', '.join(KINDS)}")
+        return row
 
     @property
     def kind(self) -> Kind:
@@ -240,7 +259,10 @@ class UseCase(Part):
 
     @model_validator(mode="after")
     def _name_stages(self) -> Self:
-        named = tuple(stage if stage.name else stage.model_copy(update={"name": stage.row}) for stage in self.stages)
+        named = tuple(
+            stage if stage.name else stage.model_copy(update={"name": stage.row.replace("+", "p")})
+            for stage in self.stages
+        )
         object.__setattr__(self, "stages", named)
         return self
 

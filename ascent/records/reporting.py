@@ -69,7 +69,7 @@ class ModelCard(Record):
     source: str
     licence: str
     sha256: str
-    kind: Literal["base", "adapter", "merged"] = "base"
+    kind: Literal["base", "adapter", "merged", "embedder"] = "base"
     parent: str | None = None
     parameters: int = 0
     dtype: str = "float32"

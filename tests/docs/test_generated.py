@@ -35,4 +35,4 @@ def test_every_command_and_row_is_described(generator: ModuleType) -> None:
 
     pages = generator.pages()
     assert all(f"## ascent {name}\n" in pages["cli.md"] for name in COMMANDS)
-    assert all(f"| `{name}` |" in pages["algorithms.md"] for name in ROWS)
+    assert all(f"| `{name}` |" in pages["techniques.md"] for name in ROWS)

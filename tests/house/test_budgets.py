@@ -22,6 +22,7 @@ BROAD = {
     "ascent/customize/data/read.py::_parquet": "pyarrow and datasets each have their own error tree",
     "ascent/evaluate/program.py::Program.load": "runs the user's file, which may raise anything",
     "ascent/evaluate/program.py::Program.prepare": "runs the user's function",
+    "ascent/evaluate/sandbox.py::run": "runs model-written code; what it raises is its result",
     "ascent/evaluate/worker.py::_grade": "runs the user's function; what it raises is an unscored record",
     "ascent/evaluate/worker.py::_call": "runs the user's grader; what it raises is an unscored record",
 }

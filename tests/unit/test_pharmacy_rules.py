@@ -186,3 +186,18 @@ def test_normalised_text_of_published_examples_keeps_their_amounts() -> None:
             amount = part.get("singleDosageAmount")
             if amount and float(amount).is_integer() and amount > 1:
                 assert f"{amount:g}" in text.split(), (row["sig"], text)
+
+
+@pytest.mark.parametrize(
+    ("sig", "days"),
+    [
+        ("1 tablet daily supply for 30 days", None),
+        ("1 tablet daily, discard after 28 days", None),
+        ("1 tablet daily for 28 days discard after 28 days", 28.0),
+        ("1 tablet daily for 30 days", 30.0),
+    ],
+)
+def test_how_long_a_supply_lasts_is_no_duration(sig: str, days: float | None) -> None:
+    span = "28 days" if "28" in sig else "30 days"
+    output = program.finish(f"dose: 1 tablet; when: daily; for: {span}", {"sig": sig})
+    assert output["duration_days"] == days

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -49,17 +49,15 @@ def embed_prompts(
     policy: Policy,
     units: Sequence[Unit],
     token_budget: int,
-    encode: Callable[[Sequence[tuple[int, ...]]], Tensor] | None = None,
+    embedding: Tensor | None = None,
 ) -> None:
     """Give every sequence the embedding of its prompt, for rows that weigh cross pairs by similarity.
 
-    `encode` is a sentence embedder over token ids; without one the start model's own mean hidden states serve,
-    centred over the data, because hidden states of a language model all point much the same way.
+    Without a sentence embedder's `embedding` [N, D] the start model's own mean hidden states serve, centred over the
+    data, because hidden states of a language model all point much the same way.
     """
-    prompts = [unit[0].token_ids[: unit[0].loss_mask.index(True)] for unit in units]
-    if encode is not None:
-        embedding = encode(prompts)
-    else:
+    if embedding is None:
+        prompts = [unit[0].token_ids[: unit[0].loss_mask.index(True)] for unit in units]
         embedding = policy.embed(prompts, token_budget)
         embedding = embedding - embedding.mean(0)
     for unit, vector in zip(units, embedding.tolist(), strict=True):

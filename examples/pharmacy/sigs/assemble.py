@@ -28,6 +28,9 @@ _UNMISTAKABLE = {
 }
 
 
+_SUPPLY = re.compile(
+    r"\b(?:supply|supplies|(?:discard|dispose|expires?|good|stable)(?: \w+)?) (?:for |of |after |in |= )?$"
+)
 _FOLLOWED = re.compile(r"\bfollowed by\b|\bthen \d")
 _MAXIMUM = re.compile(
     r"\bmax (?:daily )?(?:dose )?(\d[\d./]*(?: [a-z]+)?(?: (?:per|a|each|in|every) (?:\d+ )?[a-z]+)?)"
@@ -154,9 +157,16 @@ def _route(slots: Slots, text: str, result: Assembly) -> None:
     result.disagreement = result.disagreement or len(routes) > 1
 
 
+def _is_supply(value: str, text: str) -> bool:
+    """Whether a span tells only how long a supply or an opened pack lasts (`supply for 30 days`)."""
+    places = [hit.start() for hit in re.finditer(rf"(?<![\d./]){re.escape(value)}\b", text)]
+    return bool(places) and all(_SUPPLY.search(text[:place]) for place in places)
+
+
 def _duration_and_maximum(slots: Slots, text: str, result: Assembly) -> None:
     """Read how long and at most how much. After normalisation a maximum has one spelling, which rules read alone."""
-    durations = [days for value in slots.all("for") if (days := read_duration(value)) is not None]
+    stated_for = [value for value in slots.all("for") if not _is_supply(value, text)]
+    durations = [days for value in stated_for if (days := read_duration(value)) is not None]
     if durations and not result.single and not result.steps and not _FOLLOWED.search(text):
         result.components.duration_days = durations[0]
         result.disagreement = result.disagreement or any(days != durations[0] for days in durations)
