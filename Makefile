@@ -10,7 +10,7 @@ help:
 	@echo "make test         the tests that take seconds"
 	@echo "make test-all     all tests"
 	@echo "make check        lint, format, types, import contracts, budgets"
-	@echo "make bench        sampling and training speed beside transformers and peft"
+	@echo "make bench        speed beside transformers and peft; ratios of mixtures of experts"
 	@echo "make docs         write the generated pages under docs/ again"
 	@echo "make clean        remove .venv and caches; models and runs stay"
 
@@ -44,6 +44,7 @@ check: .venv/.dev
 
 bench: .venv/.dev
 	$(BIN)/python benchmarks/engine.py --json benchmarks/engine.json
+	$(BIN)/python benchmarks/moe.py --json benchmarks/moe.json
 
 docs: .venv/.dev
 	$(BIN)/python docs/generate.py

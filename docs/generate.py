@@ -181,6 +181,19 @@ DISAGREEMENTS = (
 )
 """Topic, rows, what differs from TRL 1.16 and why ours is right; `tests/oracles/test_trl.py` compares the rest."""
 
+ADVICE = (
+    "`gspo`, `gspo_token`: the interval of 3e-4 and 4e-4 suits answers of a thousand tokens. With short answers a bf16 "
+    "sampler alone leaves it; widen `clip` about as 1/√length, and use `correction`, so that old log-probs are the "
+    "trainer's own.",
+    "`rpo_relative`: ω divides each margin by about the batch's size, so β means less in a larger batch; "
+    "`batch_size: 1` is DPO.",
+    "`kto`: keep desirable·n_good and undesirable·n_bad within a third of each other; a batch needs two prompts.",
+    "Preference rows: the chosen answer's likelihood usually falls with the rejected one's; watch `chosen_nll`, and "
+    "give `nll` a share where it must not.",
+    "Online rows: `correction: truncate` costs one more forward pass a rollout and bounds what a sampler's rounding can "
+    "do; `mismatch_kl` in the log says whether it is needed.",
+)
+
 PICKED = {
     "supervised": "the prompted model misses the target and there are enough demonstrations (`priors.sft.labels`)",
     "preference": "there are enough pairs, given or made from the champion's own graded samples (`priors.dpo.pairs`)",
@@ -211,6 +224,7 @@ def techniques_page() -> str:
         parts += [f"## {own[0].kind}\n", " ".join(formula.split()) + "\n", axes_table(meanings)]
         cells = [(f"`{row.name}`", choices(row, axes)) for row in own]
         parts.append(table(("row", "choices other than the default"), cells))
+    parts += ["## Advice\n", *(f"- {words}" for words in ADVICE), ""]
     parts += [
         "## Where TRL differs\n",
         "Losses and gradients equal those of TRL 1.16 to 1e-5 in fp32 (`tests/oracles/test_trl.py`), but for:\n",

@@ -101,7 +101,8 @@ def clustered_bootstrap(
 
     The limits are expanded percentiles (Hesterberg 2015, Am. Stat. 69:371): with G clusters the tail is
     Φ(-√(G/(G-1)) t_{G-1}), which undoes the narrowness of the plain percentile interval at small G. One
-    cluster says nothing about the spread, so its interval is unbounded.
+    cluster says nothing about the spread, so its interval is unbounded; below about six the limits stop at the lowest
+    and highest cluster mean, so that three cover at most 75 %.
     """
     array = np.asarray(values, dtype=float)
     if array.size == 0:
