@@ -190,8 +190,8 @@ ADVICE = (
     "`kto`: keep desirable·n_good and undesirable·n_bad within a third of each other; a batch needs two prompts.",
     "Preference rows: the chosen answer's likelihood usually falls with the rejected one's; watch `chosen_nll`, and "
     "give `nll` a share where it must not.",
-    "Online rows: `correction: truncate` costs one more forward pass a rollout and bounds what a sampler's rounding can "
-    "do; `mismatch_kl` in the log says whether it is needed.",
+    "Online rows: `correction: truncate` costs one more forward pass a rollout and bounds what a sampler's rounding "
+    "can do; `mismatch_kl` in the log says whether it is needed.",
 )
 
 PICKED = {

@@ -10,6 +10,7 @@ import pytest
 import torch
 from laws.helpers import (
     LONGEST,
+    Result,
     Units,
     flatten,
     global_batch,
@@ -60,6 +61,22 @@ def test_any_split_and_order_gives_the_same_loss_and_gradient(row: Row, full: bo
     for batches in splits.values():
         assert sum(batch.sequences for batch in batches) == len(flatten(units))
         loss_and_gradient(policy, row, batches, 1.0).assert_close(whole)
+
+
+@every_row
+@pytest.mark.parametrize("width", [2, 3])
+def test_any_data_parallel_width_gives_the_same_loss_and_gradient(row: Row, width: int, tiny_model: Path) -> None:
+    """Each of `width` workers takes every so-manieth unit and splits it by its own budget; all of it adds up."""
+    policy = tiny_policy(tiny_model, moved=0.05, row=row)
+    units = global_batch(row, policy)
+    whole = loss_and_gradient(policy, row, [collate(flatten(units))])
+    parts = [
+        loss_and_gradient(policy, row, micro_batches(units[rank::width], 40 + 30 * rank))
+        for rank in range(width)
+        if units[rank::width]
+    ]
+    total = Result(sum(part.loss for part in parts), torch.stack([part.gradient for part in parts]).sum(0))
+    total.assert_close(whole)
 
 
 @every_row
