@@ -301,10 +301,6 @@ class UseCase(Part):
             asked.append((self.reward, ("reward",)))
         if self.abstain is not None:
             asked.append((self.abstain.metric, ("abstain", "metric")))
-            if self.data.validation is None:
-                raise self._error(
-                    "abstain needs labelled items to choose its threshold on; name them as data.validation", "abstain"
-                )
         for name, loc in asked:
             if name not in known:
                 raise self._error(
@@ -312,6 +308,10 @@ class UseCase(Part):
                     f"{self.program}, or use one of: {', '.join(known) or 'none'}",
                     *loc,
                 )
+        if self.abstain is not None and self.data.validation is None:
+            raise self._error(
+                "abstain needs labelled items to choose its threshold on; name them as data.validation", "abstain"
+            )
 
     def _error(self, message: str, *loc: int | str) -> Exception:
         return self._source.error(message, *loc) if self._source else ValueError(message)

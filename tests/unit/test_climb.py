@@ -163,3 +163,55 @@ def test_a_bad_override_is_found_before_anything_runs(lamps: Path) -> None:
     with pytest.raises(BadRecipe, match="did you mean 'batch_size'"):
         climb(lamps, progress=quiet)
     assert not (lamps / "runs").exists()
+
+
+ABSTAINING = PROGRAM.replace('def finish(text, input):\n    return text.strip()', (
+    'def finish(text, input, doubtful):\n    return "" if doubtful else text.strip()'
+)) + """
+
+def wrong(task, episode):
+    return None if not episode.output else float(episode.output != task.expected["answer"])
+"""  # fmt: skip
+
+
+def test_a_tuned_stage_learns_when_to_hand_over_and_takes_it_along(lamps: Path) -> None:
+    """Half-trained, the model is unsure often enough: what passes is right more often than what it would have said."""
+    (lamps / "program.py").write_text(ABSTAINING)
+    write_rows(lamps / "validation.jsonl", 150, 2000, 4)
+    head, rest = USECASE.replace("EPOCHS", "2").split("  - row: dpo")
+    text = head + rest[rest.index("priors:") :]
+    text = text.replace("test: test.jsonl,", "test: test.jsonl, validation: validation.jsonl,")
+    text = text.replace("margin: 0.05", "margin: 0.9") + "abstain: {metric: wrong, risk: 0.3}\n"
+    (lamps / "usecase.yaml").write_text(text)
+    result = climb(lamps, seed=1, progress=quiet)
+    (stage,) = (s for s in read_climb(result.run_folder).stages if s.name == "sft")
+    assert stage.verdict_after is not None, stage.verdict_before
+    assert any("handed over" in reason or "threshold" in reason for reason in stage.verdict_after.reasons)
+    candidate = find_candidate(lamps, "sft")
+    assert candidate.abstain_below > 0
+    assert find_candidate(lamps, "prompt").abstain_below == 0
+    report = measure(lamps, "sft", lamps / "test.jsonl")
+    for item in report.items:
+        assert item.doubtful is (item.confidence < candidate.abstain_below)
+        assert (item.output == "") is (item.doubtful or not item.text.strip())
+    assert any(item.doubtful for item in report.items)
+    passing = [
+        item.text.strip() == LABELS[item.messages[-1].content.split()[1]] for item in report.items if item.output
+    ]
+    every = [item.text.strip() == LABELS[item.messages[-1].content.split()[1]] for item in report.items]
+    assert sum(passing) / len(passing) > sum(every) / len(every)
+    if result.champion != "lamps-prompt":
+        copied = find_candidate(lamps, str(result.champion_folder))
+        assert copied.abstain_below == candidate.abstain_below, "the stored model takes its threshold along"
+
+
+def test_abstaining_needs_a_known_metric_and_validation_items(lamps: Path) -> None:
+    for change, words in (
+        ("abstain: {metric: wrogn, risk: 0.1}", "no grader is called 'wrogn'"),
+        ("abstain: {metric: right, risk: 0.1}", r"data\.validation"),
+        ("abstain: {metric: right, risk: 2}", "less than 1"),
+    ):
+        (lamps / "usecase.yaml").write_text(USECASE.replace("EPOCHS", "2") + change + "\n")
+        with pytest.raises(BadRecipe, match=words):
+            climb(lamps, progress=quiet)
+    assert not (lamps / "runs").exists()
