@@ -26,11 +26,11 @@ class Abstention(Record):
     def sentence(self) -> str:
         """The threshold and its evidence in words."""
         kept = f"of {self.items} calibration answers {self.passed} pass and {self.wrong} of those are wrong"
-        bound = f"at most {self.bound:.1%} with 95 % confidence"
+        bound = f"at most {100 * self.bound:.1f} % with 95 % confidence"
         if self.reached:
             return f"Answers with a confidence below {self.below:.2f} are handed over: {kept}, {bound}."
         return (
-            f"No confidence threshold shows an error rate below {self.risk:.1%}; the one with the lowest bound, "
+            f"No confidence threshold shows an error rate below {100 * self.risk:.3g} %; the one with the lowest bound, "
             f"{self.below:.2f}, is used: {kept}, {bound}. More validation items can show less."
         )
 
