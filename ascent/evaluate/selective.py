@@ -30,7 +30,7 @@ class Abstention(Record):
         if self.reached:
             return f"Answers with a confidence below {self.below:.2f} are handed over: {kept}, {bound}."
         return (
-            f"No confidence threshold shows an error rate below {100 * self.risk:.3g} %; the one with the lowest bound, "
+            f"No confidence threshold shows an error rate below {100 * self.risk:.3g} %; that with the lowest bound, "
             f"{self.below:.2f}, is used: {kept}, {bound}. More validation items can show less."
         )
 
