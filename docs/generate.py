@@ -55,7 +55,7 @@ USECASE_KEYS = {
     "abstain": "When a tuned model hands an answer over because it is unsure.",
     "metrics": "What decides and what is shown.",
     "reward": "The grader whose value reinforcement learning raises, and by which preference pairs are made.",
-    "stages": "The rungs, in order: prompt, sft, dpo, then grpo or dapo. Each is a row's name or a mapping.",
+    "stages": "The rungs, in order: prompt, sft, a preference row, an online row. Each is a row's name or a mapping.",
     "costs": "Prices for forecasts and the report.",
     "priors": "How much data each technique is taken to need.",
     "budget": "What the whole climb may use.",

@@ -17,6 +17,7 @@ from ascent.customize.loops.online import Sample
 from ascent.customize.policy import DTYPES, HEAD, zero_head
 from ascent.customize.recipes import OnlineRecipe
 from ascent.customize.rollout import Group, reward_of, rollout
+from ascent.evaluate.judge import BatchGrader, grade_with
 from ascent.evaluate.pool import GraderPool
 from ascent.inference.chat import Renderer
 from ascent.inference.decoder import load_decoder
@@ -80,7 +81,7 @@ class Rewards:
 
     reward: str
     pool: GraderPool
-    batch: Callable[[Sequence[tuple[Task, Episode]]], list[Score]] | None = None
+    batch: BatchGrader | None = None
     harness: Harness | None = None
 
     def sampler(self, engine: Engine) -> Sample:
@@ -100,10 +101,11 @@ class Rewards:
 
     def _graded(self, groups: Sequence[Group]) -> list[Group]:
         assert self.batch is not None
-        scores = iter(self.batch([(group.task, episode) for group in groups for episode in group.episodes]))
+        pairs = [(group.task, episode) for group in groups for episode in group.episodes]
+        graded = iter(grade_with([self.batch], pairs))
         found = []
         for group in groups:
-            episodes = tuple(e.model_copy(update={"scores": (*e.scores, next(scores))}) for e in group.episodes)
+            episodes = tuple(next(graded) for _ in group.episodes)
             rewards = tuple(reward_of(episode, self.reward) for episode in episodes)
             found.append(replace(group, episodes=episodes, rewards=rewards))
         return found
@@ -127,7 +129,7 @@ def open_rewards(
             harness = stack.enter_context(harness_of(h.program, h.environment, h.max_turns, h.step_seconds))
         if spec.model is not None:
             model = RewardModel(spec.model, renderer, recipe.precision)
-            yield Rewards(model.name, pool, model.grade, harness)
+            yield Rewards(model.name, pool, model, harness)
         elif spec.judge is not None:
             judge, check = open_judge(spec.judge, folder)
             announce(
@@ -136,6 +138,6 @@ def open_rewards(
                     "agreement": check.value if check else f"overridden: {spec.judge.override}",
                 }
             )
-            yield Rewards(judge.name, pool, judge.grade, harness)
+            yield Rewards(judge.name, pool, judge, harness)
         else:
             yield Rewards(spec.grader or "none", pool, harness=harness)

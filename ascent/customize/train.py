@@ -14,6 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from pydantic import BaseModel
 
 from ascent.customize.loops.online import OnlineSettings, train_online
 from ascent.customize.loops.preference import Unit, embed_prompts, train_preference
@@ -107,7 +108,7 @@ def train(
     if announce and "ended" in run.state:
         announce({"ended early": run.state["ended"]})
     save_model(trainer.policy, start, folder / "model", recipe.model)
-    card = _card(recipe, data.sources, run, trainer)
+    card = run_card(recipe.algorithm, recipe, recipe.model, recipe.seed, data.sources, run, trainer.step)
     write_atomic(finished, card.to_json(indent=1))
     shutil.rmtree(run.checkpoint, ignore_errors=True)
     return card
@@ -315,15 +316,24 @@ def _steps(recipe: SupervisedRecipe | PreferenceRecipe, rows: int) -> int:
     return max(1, math.ceil(recipe.epochs * rows / recipe.batch_size))
 
 
-def _card(recipe: Recipe, sources: tuple[DataSource, ...], run: TrainingRun, trainer: Trainer) -> RunCard:
+def run_card(
+    row: str,
+    recipe: BaseModel,
+    base: str,
+    seed: int,
+    sources: tuple[DataSource, ...],
+    run: TrainingRun,
+    steps: int,
+) -> RunCard:
+    """Say how a finished run came about, on this machine, now."""
     return RunCard(
         id=run.identity,
-        row=recipe.algorithm,
+        row=row,
         recipe=recipe.model_dump(mode="json"),
-        base=recipe.model,
-        seed=recipe.seed,
+        base=base,
+        seed=seed,
         data=sources,
-        steps=trainer.step,
+        steps=steps,
         tokens=run.tokens,
         seconds=round(run.seconds, 2),
         peak_rss_mb=round(peak_rss_mb(), 1),

@@ -17,7 +17,7 @@ from torch import Tensor
 from ascent.customize.batch import Scored, TokenBatch, TrainSequence, collate
 from ascent.customize.loops.credit import credit
 from ascent.customize.objectives.credit import (
-    advantages,
+    episode_advantages,
     group_mean,
     is_informative,
     leave_one_out,
@@ -34,6 +34,11 @@ from ascent.records import Episode, Task
 from ascent.records.errors import UnknownName
 
 GRPO, DAPO, DPO = ROWS["grpo"], ROWS["dapo"], ROWS["dpo"]
+
+
+def advantages(rewards: list[float], baseline: str, scale: str) -> list[float]:
+    """The advantages of one group under these choices."""
+    return episode_advantages([rewards], replace(GRPO, baseline=baseline, scale=scale))[0]
 
 
 def sigmoid(x: float) -> float:

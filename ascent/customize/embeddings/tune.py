@@ -7,7 +7,6 @@ import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,7 +23,7 @@ from ascent.customize.embeddings.objective import ContrastiveBatch, contrastive_
 from ascent.customize.order import items_at
 from ascent.customize.recipes import OptimSpec, Part
 from ascent.customize.run import StepReport, TrainingRun
-from ascent.customize.train import machine, package_versions, peak_rss_mb
+from ascent.customize.train import run_card
 from ascent.customize.trainer import Optim, Trainer
 from ascent.customize.yamlfile import load_yaml
 from ascent.evaluate.retrieval import rank, retrieval_report
@@ -243,10 +242,11 @@ def tune(
     run = TrainingRun(folder, checkpoint_every=recipe.checkpoint_every, identity=identity, report=report)
     train_contrastive(trainer, recipe, pairs.rows, corpus.rows if corpus else (), run)
     after = measure(embedder, test, f"{recipe.model}+{identity}", "after") if test else None
+    sources = (pairs.source, *((corpus.source,) if corpus else ()))
     with folder_atomic(model) as scratch:
         embedder.save(start, scratch)
         card = EmbeddingCard(
-            run=_run_card(recipe, run, trainer, pairs, corpus),
+            run=run_card("embedding", recipe, recipe.model, recipe.seed, sources, run, trainer.step),
             weights=sha256_file(scratch / "model.safetensors"),
             test=test.source if test else None,
             before=before.metrics if before else {},
@@ -330,28 +330,3 @@ def _identity(
     judged = [test.source.sha256, test.queries.source.sha256, test.corpus.source.sha256] if test else []
     weights = [sha256_file(file) for file in sorted(start.glob("*.safetensors"))]
     return f"embedding-{digest([content, weights, files, judged])[:12]}"
-
-
-def _run_card(
-    recipe: EmbeddingRecipe,
-    run: TrainingRun,
-    trainer: EmbeddingTrainer,
-    pairs: Loaded[Pair],
-    corpus: Loaded[Document] | None,
-) -> RunCard:
-    return RunCard(
-        id=run.identity,
-        row="embedding",
-        recipe=recipe.model_dump(mode="json"),
-        base=recipe.model,
-        seed=recipe.seed,
-        data=(pairs.source, *((corpus.source,) if corpus else ())),
-        steps=trainer.step,
-        tokens=run.tokens,
-        seconds=round(run.seconds, 2),
-        peak_rss_mb=round(peak_rss_mb(), 1),
-        versions=package_versions(),
-        machine=machine(),
-        final={name: value for name, value in run.last.items() if math.isfinite(value)},
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-    )

@@ -66,11 +66,6 @@ SCALES: dict[str, Callable[[Group, Group], list[float]]] = {
 }
 
 
-def advantages(rewards: Group, baseline: str, scale: str) -> list[float]:
-    """Advantage per episode of one group: scale(baseline(R))."""
-    return SCALES[scale](BASELINES[baseline](rewards), rewards)
-
-
 def episode_advantages(groups: Sequence[Group], row: OnlineRow) -> list[list[float]]:
     """Advantage per episode of a whole rollout, before anything that looks at single tokens.
 
