@@ -48,10 +48,11 @@ def command(recipe_file: Path, out: Path | None, resume: bool) -> None:
     Ctrl-C writes a checkpoint and exits with 130.
     """
     from ascent.customize.recipes import load_recipe
+    from ascent.records.files import claim_folder
 
     recipe = load_recipe(recipe_file)
     folder = out or recipe_file.parent / "runs" / f"{recipe_file.stem}-s{recipe.seed}"
-    _take_folder(folder, recipe, resume)
+    claim_folder(folder / RECIPE_COPY, recipe.model_dump_json(indent=1), resume=resume, what="run")
     _run(recipe, folder)
 
 
@@ -143,31 +144,6 @@ def _mixed(recipe: Recipe, parts: Any, load: Callable[..., Loaded[Any]], program
     weights = {str(part.path): part.weight for part in parts}
     rows = {name: data.rows for name, data in loaded.items()}
     return mix(rows, weights, sum(map(len, rows.values())), recipe.seed), sources
-
-
-def _take_folder(folder: Path, recipe: Recipe, resume: bool) -> None:
-    """Make sure that a run is continued only when asked to, and only with the recipe it began with.
-
-    Raises:
-        BadInput: the folder holds another run, or files of something else.
-    """
-    from ascent.records.errors import BadInput
-    from ascent.records.files import write_atomic
-
-    text = recipe.model_dump_json(indent=1)
-    copy = folder / RECIPE_COPY
-    if copy.is_file():
-        if not resume:
-            raise BadInput(f"{folder} holds a run already; continue it with --resume, or give another --out")
-        if copy.read_text(encoding="utf-8") != text:
-            raise BadInput(
-                f"{folder} was begun with another recipe (its {RECIPE_COPY} differs), and a run that changes half-way "
-                f"cannot be repeated; undo the change, or give another folder with --out"
-            )
-        return
-    if folder.exists() and any(folder.iterdir()):
-        raise BadInput(f"{folder} is not empty and holds no run; give an empty or new folder with --out")
-    write_atomic(copy, text)
 
 
 def _announce(facts: dict[str, object]) -> None:

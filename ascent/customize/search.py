@@ -32,7 +32,7 @@ from ascent.customize.yamlfile import YamlFile
 from ascent.observe.metrics import MetricLog
 from ascent.records import Record, digest
 from ascent.records.errors import BadInput, MissingExtra, nearest
-from ascent.records.files import sha256_file, write_atomic
+from ascent.records.files import claim_folder, sha256_file, write_atomic
 
 if TYPE_CHECKING:
     from ascent.customize.train import TrainingData
@@ -98,7 +98,8 @@ def search(
     """
     spec = source.value
     hands = replace(hands, data=_remembering(hands.data))
-    _take_folder(folder, _identity(source, recipe, hands), resume)
+    identity = _identity(source, recipe, hands)
+    claim_folder(folder / SEARCH, identity, resume=resume, what="search", allowed=" (only `trials` may grow)")
     with _optuna(say) as optuna:
         study = optuna.create_study(
             study_name="search",
@@ -296,22 +297,6 @@ def _identity(source: YamlFile[SearchSpec], recipe: Recipe, hands: Hands) -> str
         "validation": sha256_file(base / data) if data is not None else None,
     }
     return json.dumps({**content, "sha256": digest(content)}, indent=1, ensure_ascii=False)
-
-
-def _take_folder(folder: Path, identity: str, resume: bool) -> None:
-    mark = folder / SEARCH
-    if mark.is_file():
-        if not resume:
-            raise BadInput(f"{folder} holds a search already; continue it with --resume, or give another --out")
-        if mark.read_text(encoding="utf-8") != identity:
-            raise BadInput(
-                f"{folder} was begun with another search file, recipe or data ({SEARCH} differs); undo the "
-                f"change (only `trials` may grow), or give another folder with --out"
-            )
-        return
-    if folder.exists() and any(folder.iterdir()):
-        raise BadInput(f"{folder} is not empty and holds no search; give an empty or new folder with --out")
-    write_atomic(mark, identity)
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ascent.records.errors import Corrupt, NoSpace
+from ascent.records.errors import BadInput, Corrupt, NoSpace
 
 # Temporary files are private by default; what replaces a user's file has the permissions that the user's own would.
 _UMASK = os.umask(0)
@@ -190,3 +190,26 @@ def _as_no_space(error: OSError, path: Path) -> OSError | NoSpace:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return NoSpace(f"no space left while writing {path}; nothing was changed. Free some space and run again")
     return error
+
+
+def claim_folder(mark: Path, text: str, *, resume: bool, what: str, allowed: str = "") -> None:
+    """Take `mark`'s folder for a run or search by writing `text`, which says what it is, into `mark`.
+
+    A folder that has the mark is gone on with only when asked to, and only if it was begun with the same text.
+
+    Raises:
+        BadInput: the folder holds another one, or files of something else.
+    """
+    folder = mark.parent
+    if mark.is_file():
+        if not resume:
+            raise BadInput(f"{folder} holds a {what} already; continue it with --resume, or give another --out")
+        if mark.read_text(encoding="utf-8") != text:
+            raise BadInput(
+                f"{folder} was begun differently (its {mark.name} differs), and a {what} that changes half-way cannot "
+                f"be repeated; undo the change{allowed}, or give another folder with --out"
+            )
+        return
+    if folder.exists() and any(folder.iterdir()):
+        raise BadInput(f"{folder} is not empty and holds no {what}; give an empty or new folder with --out")
+    write_atomic(mark, text)
