@@ -206,8 +206,8 @@ def claim_folder(mark: Path, text: str, *, resume: bool, what: str, allowed: str
             raise BadInput(f"{folder} holds a {what} already; continue it with --resume, or give another --out")
         if mark.read_text(encoding="utf-8") != text:
             raise BadInput(
-                f"{folder} was begun differently (its {mark.name} differs), and a {what} that changes half-way cannot "
-                f"be repeated; undo the change{allowed}, or give another folder with --out"
+                f"{folder} holds a {what} of another {mark.stem} (its {mark.name} differs), and a {what} that changes "
+                f"half-way cannot be repeated; undo the change{allowed}, or give another folder with --out"
             )
         return
     if folder.exists() and any(folder.iterdir()):
