@@ -1,18 +1,22 @@
-"""Token batches: sequences laid end to end, with one entry per *target* token in every stream.
+"""Token batches: sequences folded into a prefix tree, with one entry per *target* token in every stream.
 
-Shape letters: T tokens of all sequences, M target tokens (those the policy produced), N sequences.
+Shape letters: T tokens of the tree, M target tokens (those the policy produced), N sequences, U distinct predictions: a
+token after a node. Sequences that agree up to and with a target share its prediction, which the model makes once.
 A stream's weights are computed once for the *global* batch (`weights.py`) and already contain 1/N, so that any split
 into micro-batches sums to the same loss and the same gradient.
 """
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from ascent.inference.tree import Tree, branching, common_prefix, fold
 
 
 @dataclass
@@ -69,12 +73,18 @@ class Scored(NamedTuple):
 
 @dataclass
 class TokenBatch:
-    """A micro-batch: what `score` needs (tokens, lengths, at, targets) and what objectives need (the streams)."""
+    """A micro-batch: what the model needs (tree, predictions) and what objectives need (the streams).
+
+    Prediction u is of `targets_U[u]` from node `at_U[u]`; target m of the streams is prediction `pick_M[m]`.
+    `last_N` is the node of each sequence's last token.
+    """
 
     tokens_T: Tensor
-    lengths: list[int]
-    at_M: Tensor
-    targets_M: Tensor
+    tree: Tree
+    at_U: Tensor
+    targets_U: Tensor
+    pick_M: Tensor
+    last_N: Tensor
     sequence_M: Tensor
     ce_weight_M: Tensor
     rl_weight_M: Tensor
@@ -98,9 +108,14 @@ class TokenBatch:
         return replace(self, **moved)
 
     @property
-    def last_N(self) -> Tensor:
-        """Where each sequence's last token lies in `tokens_T`."""
-        return torch.tensor(self.lengths).cumsum(0) - 1
+    def at_M(self) -> Tensor:
+        """The node that predicts each target."""
+        return self.at_U[self.pick_M]
+
+    @property
+    def targets_M(self) -> Tensor:
+        """The token ids of the targets."""
+        return self.targets_U[self.pick_M]
 
 
 STREAMS = {
@@ -118,25 +133,30 @@ STREAMS = {
 
 
 def collate(sequences: Sequence[TrainSequence]) -> TokenBatch:
-    """Lay sequences end to end. Target i of the batch is predicted from position `at_M[i]`."""
-    tokens: list[int] = []
-    at: list[int] = []
+    """Fold sequences into one tree and list their targets, sequence by sequence."""
+    tree, tokens, paths = fold([seq.token_ids for seq in sequences])
+    tokens_T = torch.tensor(tokens)
+    nodes: list[Tensor] = []
+    targets: list[Tensor] = []
     owner: list[int] = []
     streams: dict[str, list[float]] = {name: [] for name in STREAMS}
-    for index, seq in enumerate(sequences):
-        places = [i for i, kept in enumerate(seq.loss_mask) if kept]
-        at += [len(tokens) + i - 1 for i in places]
+    for index, (seq, path) in enumerate(zip(sequences, paths, strict=True)):
+        places = torch.tensor([i for i, kept in enumerate(seq.loss_mask) if kept], dtype=torch.long)
+        nodes.append(path[places - 1])
+        targets.append(tokens_T[path[places]])
         owner += [index] * len(places)
-        tokens += seq.token_ids
         for name, stream in streams.items():
             value = getattr(seq, STREAMS[name])
             stream += value if isinstance(value, Sequence) else [value] * len(places)
-    tokens_T, at_M = torch.tensor(tokens), torch.tensor(at, dtype=torch.long)
+    base = int(tokens_T.max()) + 1
+    keys_U, pick_M = torch.unique(torch.cat(nodes) * base + torch.cat(targets), return_inverse=True)
     return TokenBatch(
         tokens_T=tokens_T,
-        lengths=[len(seq.token_ids) for seq in sequences],
-        at_M=at_M,
-        targets_M=tokens_T[at_M + 1],
+        tree=tree,
+        at_U=keys_U // base,
+        targets_U=keys_U % base,
+        pick_M=pick_M,
+        last_N=torch.tensor([int(path[-1]) for path in paths]),
         sequence_M=torch.tensor(owner, dtype=torch.long),
         **{name: torch.tensor(values, dtype=torch.float32) for name, values in streams.items()},
         pair_weight_N=torch.tensor([seq.pair_weight for seq in sequences]),
@@ -148,19 +168,61 @@ def collate(sequences: Sequence[TrainSequence]) -> TokenBatch:
 
 
 def micro_batches(units: Sequence[Sequence[TrainSequence]], token_budget: int) -> list[TokenBatch]:
-    """Split units (sequences that must stay together, such as a preference pair) into micro-batches.
+    """Split units (sequences that must stay together, such as a preference pair) into micro-batches, see `pack`."""
+    tokens = [[seq.token_ids for seq in unit] for unit in units]
+    return [collate([seq for index in chosen for seq in units[index]]) for chosen in pack(tokens, token_budget)]
 
-    Units are sorted by their longest sequence, so that attention's padded view is tight, and filled greedily up to
-    `token_budget` tokens; a unit larger than the budget travels alone.
+
+def pack(units: Sequence[Sequence[Sequence[int]]], token_budget: int) -> list[list[int]]:
+    """Put units of token sequences into as few trees of at most `token_budget` tokens as best fit decreasing finds.
+
+    Units that begin alike are kept together first, as many as fit the budget; a unit larger than it travels alone.
+
+    Returns:
+        the indices of each tree's units.
     """
-    ordered = sorted(units, key=lambda unit: max(len(seq.token_ids) for seq in unit))
-    batches: list[list[TrainSequence]] = []
-    size = token_budget + 1
-    for unit in ordered:
-        tokens = sum(len(seq.token_ids) for seq in unit)
-        if size + tokens > token_budget:
-            batches.append([])
-            size = 0
-        batches[-1] += unit
-        size += tokens
-    return [collate(batch) for batch in batches]
+    bins: list[list[int]] = []
+    room: list[tuple[int, int]] = []  # (free tokens, bin), sorted
+    for size, members in sorted(_alike(units, token_budget), key=lambda cluster: -cluster[0]):
+        at = bisect.bisect_left(room, (size, -1))
+        if at < len(room):
+            free, index = room.pop(at)
+            bins[index] += members
+        else:
+            free, index = token_budget, len(bins)
+            bins.append(members)
+        bisect.insort(room, (free - size, index))
+    return bins
+
+
+def _alike(units: Sequence[Sequence[Sequence[int]]], token_budget: int) -> list[tuple[int, list[int]]]:
+    """Cluster units with a common beginning: (tokens of their tree, indices), at most the budget if more than one.
+
+    Sizes are those of `fold` where units are one sequence each; of larger ones, which it may find another order for,
+    they are off by a few tokens.
+    """
+    clusters: list[tuple[int, list[int]]] = []
+    last: Sequence[int] = ()
+    ends: list[int] = []
+    for index in sorted(range(len(units)), key=lambda i: [tuple(tokens) for tokens in units[i]]):
+        added, after = _added(units[index], last, ends)
+        alone, fresh = _added(units[index], (), [])
+        if clusters and added < alone and clusters[-1][0] + added <= token_budget:
+            size, members = clusters[-1]
+            clusters[-1], ends = (size + added, [*members, index]), after
+        else:
+            clusters.append((alone, [index]))
+            ends = fresh
+        last = units[index][-1]
+    return clusters
+
+
+def _added(unit: Sequence[Sequence[int]], last: Sequence[int], ends: list[int]) -> tuple[int, list[int]]:
+    """Tokens that a unit adds after `last`, the path of which has segments that end at `ends`; and its last path's."""
+    added = 0
+    for tokens in unit:
+        at = branching(ends, common_prefix(last, tokens))
+        added += len(tokens) - at
+        ends = [*(end for end in ends if end < at), *([at] if at else []), len(tokens)]
+        last = tokens
+    return added, ends

@@ -10,11 +10,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ascent.customize.batch import Scored, TokenBatch, TrainSequence, micro_batches
+from ascent.customize.batch import Scored, TokenBatch, TrainSequence, collate, pack
 from ascent.inference import lora
 from ascent.inference.decoder import Decoder, load_decoder
 from ascent.inference.head import Distance, divergence, logp_and_entropy
 from ascent.inference.tensors import write_tensors
+from ascent.inference.tree import Tree
 from ascent.records.errors import BadInput
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -93,20 +94,23 @@ class Policy:
         A policy with a reward head computes nothing of the vocabulary: its log-probs are empty.
         """
         moved = batch.to(self.decoder.device)
-        hidden_TD = self.decoder.hidden_packed(moved.tokens_T, batch.lengths)
+        hidden_TD = self.decoder.hidden_packed(moved.tokens_T, batch.tree)
         if self.head is not None and self.head_kind == "reward":
-            reward_N = self.head(hidden_TD[batch.last_N.to(hidden_TD.device)].float()).squeeze(-1)
+            reward_N = self.head(hidden_TD[moved.last_N].float()).squeeze(-1)
             return Scored(torch.empty(0), torch.empty(0), reward_N)
-        hidden_MD = hidden_TD.index_select(0, moved.at_M)
+        hidden_UD = hidden_TD.index_select(0, moved.at_U)
         weight = self.decoder.head_weight
-        logp, ent = logp_and_entropy(hidden_MD, weight, moved.targets_M, temperature=temperature, entropy=entropy)
-        value = torch.empty(0) if self.head is None else self.head(hidden_MD.float()).squeeze(-1)
+        logp_U, entropy_U = logp_and_entropy(
+            hidden_UD, weight, moved.targets_U, temperature=temperature, entropy=entropy
+        )
+        logp, ent = logp_U[moved.pick_M], entropy_U[moved.pick_M]
+        value = torch.empty(0) if self.head is None else self.head(hidden_UD.float()).squeeze(-1)[moved.pick_M]
         if self.teacher is None or self.teacher.distance is None:
             return Scored(logp, ent, value)
         with torch.no_grad():
-            known = self.teacher.decoder.hidden_packed(moved.tokens_T, batch.lengths).index_select(0, moved.at_M)
-        away = divergence(hidden_MD, weight, known, self.teacher.decoder.head_weight, self.teacher.distance)
-        return Scored(logp, ent, value, away)
+            known = self.teacher.decoder.hidden_packed(moved.tokens_T, batch.tree).index_select(0, moved.at_U)
+        away_U = divergence(hidden_UD, weight, known, self.teacher.decoder.head_weight, self.teacher.distance)
+        return Scored(logp, ent, value, away_U[moved.pick_M])
 
     def score(self, batch: TokenBatch, *, temperature: float = 1.0, entropy: bool = True) -> tuple[Tensor, Tensor]:
         """Return (logp_M, entropy_M) in fp32 of the batch's target tokens under the current policy."""
@@ -135,7 +139,7 @@ class Policy:
             for begin in range(0, len(prompts), per_call):
                 part = prompts[begin : begin + per_call]
                 tokens = torch.tensor([token for prompt in part for token in prompt], device=decoder.device)
-                hidden = decoder.hidden_packed(tokens, [len(prompt) for prompt in part]).float().cpu()
+                hidden = decoder.hidden_packed(tokens, Tree.flat([len(prompt) for prompt in part])).float().cpu()
                 pieces = torch.split(hidden, [len(prompt) for prompt in part])
                 found[begin : begin + len(part)] = torch.stack([piece.mean(0) for piece in pieces])
         finally:
@@ -175,28 +179,26 @@ def per_target(
     sequences: Sequence[TrainSequence], token_budget: int, measure: Callable[[TokenBatch], Tensor]
 ) -> list[list[float]]:
     """Run `measure` (a batch to [M]) over sequences in micro-batches; return one list per sequence, in their order."""
-    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i].token_ids))
-    batches = micro_batches([[sequences[i]] for i in order], token_budget)
-    values = torch.cat([measure(batch).float().cpu() for batch in batches]).tolist()
     found: list[list[float]] = [[] for _ in sequences]
-    start = 0
-    for index in order:
-        end = start + sequences[index].targets
-        found[index] = values[start:end]
-        start = end
+    for chosen in pack([[seq.token_ids] for seq in sequences], token_budget):
+        values = measure(collate([sequences[index] for index in chosen])).float().cpu()
+        parts = torch.split(values, [sequences[index].targets for index in chosen])
+        for index, part in zip(chosen, parts, strict=True):
+            found[index] = part.tolist()
     return found
 
 
 def _score(decoder: Decoder, batch: TokenBatch, temperature: float, entropy: bool) -> tuple[Tensor, Tensor]:
     moved = batch.to(decoder.device)
-    hidden_TD = decoder.hidden_packed(moved.tokens_T, batch.lengths)
-    return logp_and_entropy(
-        hidden_TD.index_select(0, moved.at_M),
+    hidden_TD = decoder.hidden_packed(moved.tokens_T, batch.tree)
+    logp_U, entropy_U = logp_and_entropy(
+        hidden_TD.index_select(0, moved.at_U),
         decoder.head_weight,
-        moved.targets_M,
+        moved.targets_U,
         temperature=temperature,
         entropy=entropy,
     )
+    return logp_U[moved.pick_M], entropy_U[moved.pick_M]
 
 
 def teacher_logps(

@@ -65,7 +65,7 @@ class RewardModel:
             part = kept[begin : begin + 64]
             sequences = [TrainSequence(pairs[i][1].token_ids, pairs[i][1].loss_mask) for i in part]
             batch = collate(sequences)
-            hidden = self._decoder.hidden_packed(batch.tokens_T.to(self._decoder.device), batch.lengths)
+            hidden = self._decoder.hidden_packed(batch.tokens_T.to(self._decoder.device), batch.tree)
             values = self._head(hidden[batch.last_N.to(hidden.device)].float()).squeeze(-1)
             for i, value in zip(part, values.tolist(), strict=True):
                 scores[i] = Score(name=self.name, value=value)

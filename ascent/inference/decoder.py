@@ -3,9 +3,8 @@
 Llama, Mistral, Qwen2 and Qwen3 differ in three switches (bias on q/k/v, RMS norm on q/k, tied embeddings), so one page
 of arithmetic serves them all. Two ways through it:
 
-- `hidden_packed`: whole sequences laid end to end without padding, for training and scoring. Only attention sees a
-  padded view, whose right-hand padding a causal mask makes harmless.
-- `hidden_cached`: new tokens on top of key/value caches, for sampling (`sampler.py`).
+- `hidden_packed`: a prefix tree of whole sequences, without padding, for training and scoring (`tree.py`).
+- layer by layer on top of key/value caches, for sampling (`sampler.py`).
 
 Shape letters: T tokens of all sequences, B rows, D model width, H query heads, K key/value heads, G = H/K, E head size,
 V vocabulary, P shared-prefix tokens, S cached tokens per row.
@@ -15,7 +14,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,8 +23,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ascent.inference.attention import tree_attention
+from ascent.inference.kernels import rms_norm, rotate, swiglu
 from ascent.inference.lora import Linear, block_of
 from ascent.inference.tensors import read_tensors, write_tensors
+from ascent.inference.tree import Tree, rounded_up
 from ascent.records.errors import BadInput, Corrupt
 
 ARCHITECTURES = {
@@ -35,7 +37,7 @@ ARCHITECTURES = {
     "Qwen3ForCausalLM": "qwen3",
 }
 
-SHORT = 160  # tokens; above it the quadratic scores outgrow the cache and the flash kernel wins
+TOKENS = 64  # the token count is rounded up to a multiple: matrix products are compiled per shape
 
 
 @dataclass(frozen=True)
@@ -98,64 +100,8 @@ class DecoderConfig:
         )
 
 
-@dataclass
-class Cache:
-    """Keys and values of rows in flight. `keys[layer]` is [B, K, S, E]; `used_B` counts filled places per row.
-
-    `prefix_keys[layer]` [K, P, E] belong to every row and are kept once.
-    """
-
-    keys: list[Tensor]
-    values: list[Tensor]
-    used_B: Tensor
-    prefix_keys: list[Tensor]
-    prefix_values: list[Tensor]
-    prefix: int = 0
-
-    def select(self, rows: Tensor) -> None:
-        """Keep only these rows, in this order (repeats allowed)."""
-        self.keys = [key.index_select(0, rows) for key in self.keys]
-        self.values = [value.index_select(0, rows) for value in self.values]
-        self.used_B = self.used_B.index_select(0, rows)
-
-
-def rounded_up(size: int, step: int) -> int:
-    """The next multiple of `step`: matrix products are compiled per shape, so few shapes must serve all batches."""
-    return -(-size // step) * step
-
-
-class Packing:
-    """Where each token of end-to-end laid sequences stands: positions, and its place in a padded [N, L] view.
-
-    `spare` dummy tokens at the end round the token count up; they pass through the matrix products and nothing else.
-    """
-
-    def __init__(self, lengths: Sequence[int], device: torch.device | None = None) -> None:
-        self.lengths = list(lengths)
-        self.rows, self.longest = len(self.lengths), rounded_up(max(self.lengths), 16)
-        sizes = torch.tensor(self.lengths)
-        starts = torch.cumsum(sizes, 0) - sizes
-        row_T = torch.repeat_interleave(torch.arange(self.rows), sizes)
-        self.tokens = int(sizes.sum())
-        self.spare = rounded_up(self.tokens, 64) - self.tokens
-        self.positions_T = (torch.arange(self.tokens) - starts[row_T]).to(device)
-        self.flat_T = row_T.to(device) * self.longest + self.positions_T
-
-    def pad(self, x_THE: Tensor) -> Tensor:
-        """[T, H, E] → [N, H, L, E] with zeros on the right."""
-        heads, size = x_THE.shape[1:]
-        empty = x_THE.new_zeros(self.rows * self.longest, heads, size)
-        padded = empty.index_copy(0, self.flat_T, x_THE[: self.tokens])
-        return padded.view(self.rows, self.longest, heads, size).transpose(1, 2)
-
-    def unpad(self, x_NHLE: Tensor) -> Tensor:
-        """[N, H, L, E] → [T, H*E]."""
-        flat = x_NHLE.transpose(1, 2).reshape(self.rows * self.longest, -1)
-        return F.pad(flat.index_select(0, self.flat_T), (0, 0, 0, self.spare))
-
-
 class Norm(nn.Module):
-    """Root-mean-square norm (Zhang and Sennrich 2019, arXiv 1910.07467), computed in fp32."""
+    """The scale of a root-mean-square norm."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -164,8 +110,7 @@ class Norm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x / rms(x) * weight, in x's dtype."""
-        scaled = F.rms_norm(x.float(), x.shape[-1:], None, self.eps).to(x.dtype)
-        return scaled * self.weight.to(x.dtype)
+        return rms_norm(x, self.weight.to(x.dtype), self.eps)
 
 
 class Layer(nn.Module):
@@ -189,45 +134,17 @@ class Layer(nn.Module):
     def project(self, x_TD: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Return q [T,H,E], k [T,K,E], v [T,K,E] with rotary positions applied to q and k."""
         c = self.config
-        qkv = self.qkv(self.norm_attention(x_TD))
-        sizes = [c.heads * c.head_size, c.kv_heads * c.head_size, c.kv_heads * c.head_size]
-        q, k, v = (part.unflatten(-1, (-1, c.head_size)) for part in qkv.split(sizes, dim=-1))
+        qkv = self.qkv(self.norm_attention(x_TD)).unflatten(-1, (-1, c.head_size))
+        qk, v = qkv[..., : -c.kv_heads, :], qkv[..., -c.kv_heads :, :]
         if self.norm_q is not None and self.norm_k is not None:
-            q, k = self.norm_q(q), self.norm_k(k)
-        return rotate(q, rope), rotate(k, rope), v
+            qk = torch.cat((self.norm_q(qk[..., : c.heads, :]), self.norm_k(qk[..., c.heads :, :])), -2)
+        qk = rotate(qk, rope)
+        return qk[..., : c.heads, :], qk[..., c.heads :, :], v
 
     def mlp(self, x_TD: Tensor) -> Tensor:
-        """Add the SwiGLU block (Shazeer 2020, arXiv 2002.05202)."""
-        gate, up = self.gate_up(self.norm_mlp(x_TD)).chunk(2, dim=-1)
-        added: Tensor = x_TD + self.down(F.silu(gate) * up)
+        """Add the SwiGLU block."""
+        added: Tensor = x_TD + self.down(swiglu(self.gate_up(self.norm_mlp(x_TD))))
         return added
-
-
-def causal_attention(q_NHLE: Tensor, k_NKLE: Tensor, v_NKLE: Tensor) -> Tensor:
-    """Causal attention with grouped queries, [N, H, L, E].
-
-    Short sequences on a CPU go through two plain batched products: there the backward pass of the flash kernel costs
-    four times as much (measured: 4.7 against 20 ms forward and backward at 16 sequences of 49 tokens).
-    """
-    if q_NHLE.device.type != "cpu" or q_NHLE.shape[2] > SHORT:
-        return F.scaled_dot_product_attention(
-            q_NHLE, k_NKLE, v_NKLE, is_causal=True, enable_gqa=q_NHLE.shape[1] != k_NKLE.shape[1]
-        )
-    count, heads, length, size = q_NHLE.shape
-    kv_heads = k_NKLE.shape[1]
-    grouped = (q_NHLE * size**-0.5).reshape(count, kv_heads, -1, size)
-    future = torch.ones(length, length, dtype=torch.bool).triu_(1).repeat(heads // kv_heads, 1)
-    scores = (grouped @ k_NKLE.transpose(-1, -2)).float().masked_fill_(future, float("-inf"))
-    attended: Tensor = scores.softmax(-1).to(q_NHLE.dtype) @ v_NKLE
-    return attended.view(count, heads, length, size)
-
-
-def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotary position embedding (Su et al. 2021, arXiv 2104.09864) in the half-split layout of Hugging Face."""
-    cos, sin = rope
-    half = x.shape[-1] // 2
-    first, second = x[..., :half], x[..., half:]
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
 class Decoder(nn.Module):
@@ -275,16 +192,16 @@ class Decoder(nn.Module):
         """Look token ids up."""
         return F.embedding(tokens, self.embedding).to(self.dtype)
 
-    def hidden_packed(self, tokens_T: Tensor, lengths: Sequence[int]) -> Tensor:
-        """Return the final hidden states [T, D] of sequences laid end to end; no sequence sees another."""
-        packing = Packing(lengths, tokens_T.device)
-        rope = self.rope(F.pad(packing.positions_T, (0, packing.spare)))
-        x = self.embed(F.pad(tokens_T, (0, packing.spare)))
+    def hidden_packed(self, tokens_T: Tensor, tree: Tree) -> Tensor:
+        """Return the final hidden states [T, D] of a tree's tokens; each sees its path and nothing else."""
+        spare = rounded_up(tree.nodes, TOKENS) - tree.nodes
+        rope = self.rope(F.pad(tree.positions_T, (0, spare)).to(tokens_T.device))
+        families = [family.to(tokens_T.device) for family in tree.families(self.config.heads)]
+        x = self.embed(F.pad(tokens_T, (0, spare)))
         for layer in self.blocks:
             q, k, v = layer.project(x, rope)
-            attended = causal_attention(packing.pad(q), packing.pad(k), packing.pad(v))
-            x = layer.mlp(x + layer.out(packing.unpad(attended)))
-        final: Tensor = self.norm(x[: packing.tokens])
+            x = layer.mlp(x + layer.out(tree_attention(q, k, v, families).flatten(1)))
+        final: Tensor = self.norm(x[: tree.nodes])
         return final
 
     def save(self, folder: Path) -> None:

@@ -1,7 +1,7 @@
 """The one place that touches the vocabulary: hidden states in, log-prob and entropy of each target out, in fp32.
 
-Logits of the whole batch are never stored: rows go through in chunks that fit the processor's cache, and the backward
-pass computes each chunk again. Only the positions given reach the head.
+Logits of the whole batch are never stored: rows go through in chunks that fit the processor's cache. Only the positions
+given reach the head.
 
 With bf16 weights a logit is rounded to 8 bits, 0.03 at |logit| 8, which is more than a PPO ratio can bear. The target's
 own logit is therefore computed again in fp32 and put back before the softmax: the dominant term of a confident
@@ -18,11 +18,17 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+Buffers = tuple[Tensor, Tensor, Tensor]
 CHUNK = 128  # rows: 128 × 49,152 fp32 logits are 25 MB, about one L3 cache
 
 
 class _LogpEntropy(torch.autograd.Function):
-    """d logp_t/d z = onehot − p;  d H/d z = −p (log p + H);  both divided by the temperature."""
+    """d logp_t/d z = onehot − p;  d H/d z = −p (log p + H);  both divided by the temperature.
+
+    The gradient of a row's log-prob in its hidden state, (onehot − p)·W, depends on nothing that comes later but one
+    factor. Where the head is frozen it is therefore taken in the forward pass, while the row's logits are at hand, and
+    the backward pass computes no logits again, unless a loss asks for the entropy's gradient too.
+    """
 
     @staticmethod
     def forward(
@@ -35,25 +41,43 @@ class _LogpEntropy(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         logp = torch.empty(len(hidden_MD), dtype=torch.float32, device=hidden_MD.device)
         entropy = torch.zeros_like(logp)
+        early = ctx.needs_input_grad[0] and not ctx.needs_input_grad[1]
+        slope_MD = torch.empty_like(hidden_MD) if early else None
+        buffers = _buffers(hidden_MD, weight_VD)
         for rows in _chunks(len(hidden_MD)):
-            logp_cV = target_log_softmax(hidden_MD[rows], weight_VD, targets_M[rows], temperature)
+            logp_cV = target_log_softmax(hidden_MD[rows], weight_VD, targets_M[rows], temperature, buffers)
             logp[rows] = logp_cV.gather(1, targets_M[rows, None]).squeeze(1)
+            if not (want_entropy or early):
+                continue
+            p_cV = torch.exp(logp_cV, out=buffers[1][: len(logp_cV)])
             if want_entropy:
-                entropy[rows] = -(logp_cV.exp() * logp_cV).sum(-1)
-        ctx.save_for_backward(hidden_MD, weight_VD, targets_M, entropy)
-        ctx.temperature, ctx.want_entropy = temperature, want_entropy
+                entropy[rows] = -(p_cV[:, None] @ logp_cV[:, :, None]).flatten()
+            if slope_MD is not None:
+                p_cV[torch.arange(len(p_cV)), targets_M[rows]] -= 1
+                slope_MD[rows] = buffers[0][: len(p_cV)].copy_(p_cV) @ weight_VD
+        ctx.save_for_backward(hidden_MD, weight_VD, targets_M, entropy, slope_MD)
+        ctx.temperature = temperature
+        ctx.set_materialize_grads(False)
         return logp, entropy
 
     @staticmethod
-    def backward(ctx: Any, grad_logp: Tensor, grad_entropy: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
-        hidden, weight, targets, entropy = ctx.saved_tensors
+    def backward(
+        ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, None, None, None]:
+        hidden, weight, targets, entropy, slope_MD = ctx.saved_tensors
+        if grad_logp is None:
+            grad_logp = torch.zeros_like(entropy)
+        if slope_MD is not None and grad_entropy is None:
+            factor_M = grad_logp.div(-ctx.temperature)
+            return (slope_MD * factor_M[:, None]).to(hidden.dtype), None, None, None, None
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        buffers = _buffers(hidden, weight)
         for rows in _chunks(len(hidden)):
-            logp_cV = target_log_softmax(hidden[rows], weight, targets[rows], ctx.temperature)
-            p_cV = logp_cV.exp()
+            logp_cV = target_log_softmax(hidden[rows], weight, targets[rows], ctx.temperature, buffers)
+            p_cV = torch.exp(logp_cV, out=buffers[1][: len(logp_cV)])
             factor = -grad_logp[rows, None]
-            if ctx.want_entropy:
+            if grad_entropy is not None:
                 logp_cV.add_(entropy[rows, None]).mul_(-grad_entropy[rows, None]).add_(factor)
                 grad = p_cV.mul_(logp_cV)
             else:
@@ -80,14 +104,28 @@ def logp_and_entropy(
     return logp[: len(targets_M)], ent[: len(targets_M)]
 
 
-def target_log_softmax(hidden_MD: Tensor, weight_VD: Tensor, targets_M: Tensor, temperature: float) -> Tensor:
-    """Return log-softmax [M, V] in fp32 in which each row's target logit was computed in fp32."""
-    logits_MV = (hidden_MD @ weight_VD.T).float()
+def target_log_softmax(
+    hidden_MD: Tensor, weight_VD: Tensor, targets_M: Tensor, temperature: float, buffers: Buffers | None = None
+) -> Tensor:
+    """Return log-softmax [M, V] in fp32 in which each row's target logit was computed in fp32.
+
+    With `buffers` the result lies in the last of them.
+    """
+    low, wide, result = (buffer[: len(hidden_MD)] for buffer in buffers or _buffers(hidden_MD, weight_VD))
+    logits_MV = wide.copy_(torch.mm(hidden_MD, weight_VD.T, out=low))
     if hidden_MD.dtype != torch.float32:
         logits_MV.scatter_(1, targets_M[:, None], _exact_logit(hidden_MD, weight_VD, targets_M)[:, None])
     if temperature != 1.0:
         logits_MV.div_(temperature)
-    return torch.log_softmax(logits_MV, -1)
+    logp_MV: Tensor = torch.ops.aten._log_softmax.out(logits_MV, -1, False, out=result)
+    return logp_MV
+
+
+def _buffers(hidden_MD: Tensor, weight_VD: Tensor) -> Buffers:
+    """Logits of one chunk in the compute type and, twice, in fp32: fresh memory costs a page fault every 4 KB."""
+    shape = (min(CHUNK, len(hidden_MD)), len(weight_VD))
+    wide = hidden_MD.new_empty((2, *shape), dtype=torch.float32)
+    return hidden_MD.new_empty(shape), wide[0], wide[1]
 
 
 def exact_logp(

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ascent.inference.kernels import adapted_linear
 from ascent.inference.tensors import read_tensors, write_tensors
 from ascent.records.errors import BadInput, Corrupt
 from ascent.records.files import write_atomic
@@ -78,11 +79,10 @@ class Linear(nn.Module):
         """Return [.., sum of parts]."""
         weight = self.weight.to(x.dtype)
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        y = F.linear(x, weight, bias)
         if not self.enabled or not len(self.lora_a):
-            return y
+            return F.linear(x, weight, bias)
         down = torch.cat([self.lora_a[part] for part in self.adapted]).to(x.dtype)
-        return y + F.linear(F.linear(x, down), self._up().to(x.dtype))
+        return adapted_linear(x, weight, bias, down, self._up().to(x.dtype))
 
     def _up(self) -> Tensor:
         """The block matrix [outputs, adapted parts * rank] that holds each part's scaled B in its own rows."""

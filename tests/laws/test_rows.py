@@ -31,6 +31,7 @@ from ascent.inference.chat import Renderer
 from ascent.inference.decoder import load_decoder
 from ascent.inference.engine import Prompt, Sampling
 from ascent.inference.engines.torch import TorchEngine
+from ascent.inference.tree import fold
 from ascent.records import Message
 from ascent.records.errors import AscentError
 
@@ -129,22 +130,21 @@ def test_only_target_tokens_are_predicted(row: Row, tiny_model: Path) -> None:
     batch = collate(flatten(units))
     value = policy.measure(batch).head.detach().double()
     with torch.no_grad():
-        hidden = policy.decoder.hidden_packed(batch.tokens_T, batch.lengths)
+        hidden = policy.decoder.hidden_packed(batch.tokens_T, batch.tree)
         logits = (hidden @ policy.decoder.head_weight.T).double()
     logits.requires_grad_()
     dense = logits.log_softmax(-1)
     logp = dense[batch.at_M, batch.targets_M]
     objective(row)(Scored(logp, -(dense.exp() * dense).sum(-1)[batch.at_M], value), batch).loss.backward()
-    before_target: list[bool] = []
-    for seq in flatten(units):
-        before_target += [*seq.loss_mask[1:], False]
-    predicting = torch.tensor(before_target)
+    predicting = torch.zeros(len(logits), dtype=torch.bool)
+    for seq, path in zip(flatten(units), fold([seq.token_ids for seq in flatten(units)])[2], strict=True):
+        predicting[[int(path[i - 1]) for i, kept in enumerate(seq.loss_mask) if kept]] = True
     assert torch.count_nonzero(logits.grad[~predicting]) == 0
     moved = logits.grad[predicting].abs().sum(-1) > 0
     clipped_away = 0.6 if isinstance(row, OnlineRow) else 0.0
     assert moved.float().mean() >= 1 - clipped_away
-    following = torch.cat([batch.tokens_T[1:], batch.tokens_T[:1]])
-    assert torch.equal(batch.targets_M, following[predicting])
+    said = [token for seq in flatten(units) for token, kept in zip(seq.token_ids, seq.loss_mask, strict=True) if kept]
+    assert batch.targets_M.tolist() == said
 
 
 @every_row

@@ -10,11 +10,12 @@ from peft import LoraConfig as PeftConfig
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
-from ascent.inference import decoder, lora
+from ascent.inference import lora
 from ascent.inference.decoder import Decoder, load_decoder
 from ascent.inference.engine import Sampling
 from ascent.inference.head import logp_and_entropy
 from ascent.inference.sampler import Ending, draw, sample_rows
+from ascent.inference.tree import Tree
 
 SIZES = {
     "vocab_size": 211,
@@ -57,7 +58,7 @@ def pair(request: pytest.FixtureRequest, tmp_path: Path):
 
 def packed_logp(model: Decoder, sequences: list[list[int]]) -> list[torch.Tensor]:
     tokens = torch.tensor([t for s in sequences for t in s])
-    hidden = model.hidden_packed(tokens, [len(s) for s in sequences])
+    hidden = model.hidden_packed(tokens, Tree.flat([len(s) for s in sequences]))
     found = []
     start = 0
     for sequence in sequences:
@@ -84,14 +85,6 @@ def test_packed_log_probs_equal_transformers(pair) -> None:
     theirs, ours, _ = pair
     for sequence, logp in zip(SEQUENCES, packed_logp(ours, SEQUENCES), strict=True):
         torch.testing.assert_close(logp, reference_logp(theirs, sequence), atol=2e-5, rtol=1e-5)
-
-
-def test_short_and_long_attention_agree(pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    _, ours, _ = pair
-    plain = packed_logp(ours, SEQUENCES)
-    monkeypatch.setattr(decoder, "SHORT", 0)
-    for ours_logp, flash_logp in zip(plain, packed_logp(ours, SEQUENCES), strict=True):
-        torch.testing.assert_close(ours_logp, flash_logp, atol=2e-5, rtol=1e-5)
 
 
 def test_no_sequence_sees_another(pair) -> None:
@@ -223,7 +216,7 @@ def test_samples_follow_the_distribution_and_ignore_the_batch(pair) -> None:
     _, ours, _ = pair
     many = Sampling(n=4000, max_tokens=1, temperature=1.3)
     rows = sample_rows(ours, [[3, 4, 5]], many, Ending(), seeds=[1], rows_in_flight=64)[0]
-    hidden = ours.hidden_packed(torch.tensor([3, 4, 5]), [3])[-1:]
+    hidden = ours.hidden_packed(torch.tensor([3, 4, 5]), Tree.flat([3]))[-1:]
     p = (hidden @ ours.head_weight.T / 1.3).softmax(-1)[0]
     counts = torch.bincount(torch.tensor([row.tokens[0] for row in rows]), minlength=len(p))
     expected = p * 4000

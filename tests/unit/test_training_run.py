@@ -19,6 +19,7 @@ from ascent.customize.order import items_at
 from ascent.customize.trainer import Optim
 from ascent.inference.decoder import load_decoder
 from ascent.inference.head import logp_and_entropy
+from ascent.inference.tree import Tree
 from ascent.records import RunCard
 from ascent.records.errors import BadInput, UnknownName
 
@@ -34,7 +35,7 @@ def logits_logp(model) -> torch.Tensor:
 
 def our_logp(folder: Path) -> torch.Tensor:
     model = load_decoder(folder)
-    hidden = model.hidden_packed(IDS[0], [IDS.shape[1]])[:-1]
+    hidden = model.hidden_packed(IDS[0], Tree.flat([IDS.shape[1]]))[:-1]
     return logp_and_entropy(hidden, model.head_weight, IDS[0, 1:])[0]
 
 
@@ -214,8 +215,9 @@ def test_micro_batches_hold_the_budget_and_keep_units_together() -> None:
     units = [[TrainSequence(tuple(range(n)), (False,) + (True,) * (n - 1))] * 2 for n in (3, 20, 7, 5, 4, 12)]
     batches = micro_batches(units, 24)
     assert all(len(b.tokens_T) <= 24 or b.sequences == 2 for b in batches)
-    assert sorted(n for b in batches for n in b.lengths) == sorted(n for n in (3, 20, 7, 5, 4, 12) for _ in "ab")
-    assert all(b.lengths[0::2] == b.lengths[1::2] for b in batches)
+    lengths = [[int((b.sequence_M == n).sum()) + 1 for n in range(b.sequences)] for b in batches]
+    assert sorted(n for b in lengths for n in b) == sorted(n for n in (3, 20, 7, 5, 4, 12) for _ in "ab")
+    assert all(b[0::2] == b[1::2] for b in lengths)
     assert micro_batches([], 10) == []
 
 

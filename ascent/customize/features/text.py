@@ -107,10 +107,12 @@ class HiddenStates:
     def _pooled(self, tokens: list[list[int]]) -> Tensor:
         import torch
 
+        from ascent.inference.tree import Tree
+
         lengths = [len(ids) for ids in tokens]
         device = self._decoder.device
         tokens_T = torch.tensor([token for ids in tokens for token in ids], device=device)
-        hidden_TD = self._decoder.hidden_packed(tokens_T, lengths).float()
+        hidden_TD = self._decoder.hidden_packed(tokens_T, Tree.flat(lengths)).float()
         sizes_N = torch.tensor(lengths, device=device)
         if self.pooling == "last":
             return hidden_TD[sizes_N.cumsum(0) - 1]
