@@ -13,18 +13,39 @@ if TYPE_CHECKING:
 def model_folder(name: str, store: Store) -> Path:
     """Return the folder of a model, fetching it with a progress bar when only the catalogue has it.
 
+    A checkpoint, or the folder of an unfinished run, becomes a model of the store first.
+
     Raises:
         UnknownName: neither the store nor the catalogue has it.
         PullFailed: it could not be fetched.
+        BadInput, Corrupt: it is a run or a checkpoint that no model can be made of.
     """
     from ascent.records.errors import UnknownName
 
     try:
         return store.resolve(name)
     except UnknownName:
-        if name not in store.catalogue():
-            raise
-    return pull_model(name, store)
+        if name in store.catalogue():
+            return pull_model(name, store)
+        from ascent.customize.checkpoint import checkpoint_model, checkpoint_of, refuse_run
+
+        if (checkpoint := checkpoint_of(name)) is not None:
+            return checkpoint_model(checkpoint, store)
+        refuse_run(name)
+        raise
+
+
+def pinned(name: str, store: Store) -> str:
+    """Return `name`, but for a checkpoint or an unfinished run, which moves on and ends, the id of its stored model.
+
+    Raises:
+        BadInput, Corrupt: no model can be made of it.
+    """
+    if not Path(name).is_dir():
+        return name
+    from ascent.customize.checkpoint import checkpoint_of
+
+    return name if checkpoint_of(name) is None else model_folder(name, store).name
 
 
 def pull_model(name: str, store: Store) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,15 +13,17 @@ import click
 from ascent.cli.console import note, table
 
 if TYPE_CHECKING:
+    from ascent.customize.recipes import HarnessSpec
     from ascent.records import Estimate, Report
 
 
 @click.command("eval")
-@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path, exists=True))
 @click.option(
     "--model",
     required=True,
-    help="`champion` or a stage of the latest run, a model of the store, a model folder, or remote:URL#MODEL.",
+    help="`champion` or a stage of the latest run, a model of the store, a model folder, the folder of an unfinished "
+    "training run, or remote:URL#MODEL.",
 )
 @click.option(
     "--data",
@@ -31,12 +34,36 @@ if TYPE_CHECKING:
 @click.option("--json", "out", type=click.Path(path_type=Path, dir_okay=False), help="Write the whole report here.")
 @click.option("--stage", help="What to call the measurement in the report; by default, as the model.")
 @click.option("--limit", type=click.IntRange(min=1), help="Measure only the first so many rows.")
-def command(folder: Path, model: str, data: Path, out: Path | None, stage: str | None, limit: int | None) -> None:
-    """Measure a model on a data file with the graders of the use case in DIR.
+@click.option(
+    "--harness",
+    metavar="PROGRAM:ENVIRONMENT",
+    help="Run each row as an episode of several turns in this environment of this Python file.",
+)
+@click.option("--max-turns", default=4, show_default=True, type=click.IntRange(min=1), help="Most assistant turns.")
+@click.option(
+    "--step-seconds",
+    default=2.0,
+    show_default=True,
+    type=click.FloatRange(min=0, min_open=True),
+    help="Time limit of one step of the environment.",
+)
+def command(
+    folder: Path,
+    model: str,
+    data: Path,
+    out: Path | None,
+    stage: str | None,
+    limit: int | None,
+    harness: str | None,
+    max_turns: int,
+    step_seconds: float,
+) -> None:
+    """Measure a model on a data file with the graders of the use case in DIR, or of the use-case file DIR.
 
-    Answers are sampled greedily. The interval beside each metric is at 95 %.
+    Answers are sampled greedily. The interval beside each metric is at 95 %. With --harness, what the environment
+    itself scores is the metric `environment`, and an episode that was lost, also when tried again, is unscored.
     """
-    from ascent.cli.engines import model_folder
+    from ascent.cli.engines import model_folder, pinned
     from ascent.inference.store import Store
     from ascent.ladder.measure import measure
     from ascent.observe import Progress
@@ -44,14 +71,76 @@ def command(folder: Path, model: str, data: Path, out: Path | None, stage: str |
     store = Store()
     if model in store.catalogue():
         model_folder(model, store)
+    model = pinned(model, store)
     total = limit if limit is not None else _rows(data)
+    spec = None if harness is None else harness_named(harness, max_turns, step_seconds)
     with Progress("measuring", total) as progress:
-        report = measure(folder, model, data, stage=stage, progress=progress.advance, limit=limit)
+        if spec is None:
+            report = measure(folder, model, data, stage=stage, progress=progress.advance, limit=limit)
+        else:
+            report = measure_in(spec, folder, model, data, stage=stage, progress=progress.advance, limit=limit)
     headers = ("metric", "value", "95 % interval", "items", "unscored", "not applicable")
     table(headers, [_row(estimate) for estimate in report.metrics.values()])
     if out is not None:
         _write(report, out)
         note(f"wrote {out}")
+
+
+def harness_named(text: str, max_turns: int, step_seconds: float) -> HarnessSpec:
+    """Read `PROGRAM:ENVIRONMENT`. Raises `BadInput` when it is not of that form."""
+    from ascent.customize.recipes import HarnessSpec
+    from ascent.records.errors import BadInput
+
+    program, colon, environment = text.rpartition(":")
+    if not (program and colon and environment):
+        raise BadInput(f"--harness {text!r} is not PROGRAM:ENVIRONMENT, such as tools.py:Clerk")
+    return HarnessSpec(program=Path(program), environment=environment, max_turns=max_turns, step_seconds=step_seconds)
+
+
+def measure_in(
+    harness: HarnessSpec,
+    folder: Path,
+    model: str,
+    data: Path,
+    *,
+    stage: str | None = None,
+    progress: Callable[[int], None] | None = None,
+    limit: int | None = None,
+) -> Report:
+    """Measure a model as `ladder.measure.measure` does, but in an environment.
+
+    Raises:
+        BadInput: the program of the environment does not load, or as `measure`.
+    """
+    from ascent.customize.agentic.harness import attempt_with
+    from ascent.customize.agentic.multiturn import harness_of
+    from ascent.evaluate.pool import GraderPool
+    from ascent.evaluate.suite import evaluate
+    from ascent.inference.engine import Sampling
+    from ascent.ladder.measure import engine_of, find_candidate
+    from ascent.ladder.workspace import open_tasks
+    from ascent.records.files import sha256_file
+
+    candidate = find_candidate(folder, model)
+    usecase, loaded = open_tasks(folder, data, prompted=not candidate.tuned)
+    described = {**harness.model_dump(mode="json"), "program": harness.program.name}
+    with (
+        harness_of(harness.program, harness.environment, harness.max_turns, harness.step_seconds) as world,
+        GraderPool(usecase.path(usecase.program), list(usecase.metrics.names)) as pool,
+    ):
+        engine = engine_of(candidate)
+        return evaluate(
+            engine,
+            loaded.rows if limit is None else loaded.rows[:limit],
+            pool,
+            sampling=Sampling(max_tokens=usecase.sampling.max_tokens, temperature=0),
+            data=loaded.source,
+            stage=stage or candidate.name,
+            on_done=progress,
+            abstain_below=candidate.abstain_below,
+            attempt=attempt_with(world, engine),
+            details={"harness": {**described, "sha256": sha256_file(harness.program)}},
+        )
 
 
 def summary(report: Report) -> dict[str, Any]:
@@ -74,6 +163,21 @@ def _write(report: Report, out: Path) -> None:
 
     content = {"summary": summary(report), **json.loads(report.to_json())}
     write_atomic(out, json.dumps(plain(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_report(path: Path) -> Report:
+    """Read a report that `--json` wrote. Raises `BadInput` when the file is none."""
+    from ascent.records import Report
+    from ascent.records.errors import BadInput
+
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        content.pop("summary")
+        for metric in content["metrics"].values():
+            metric.update({key: math.nan for key in ("value", "low", "high") if metric[key] is None})
+        return Report.model_validate(content)
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise BadInput(f"{path} is no report: {error}; give a file that `ascent eval --json` wrote") from error
 
 
 def _row(estimate: Estimate) -> tuple[str, ...]:

@@ -32,6 +32,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "search": ("ascent.cli.search", "Search for the best values of a recipe's fields."),
     "embed": ("ascent.cli.embed", "Tune an embedder for retrieval."),
     "eval": ("ascent.cli.eval", "Measure a model on a data file."),
+    "compare": ("ascent.cli.compare", "Compare two measured models, item by item."),
     "report": ("ascent.cli.report", "Write the report of a run again."),
     "models": ("ascent.cli.models", "List, fetch, show, export and import models."),
     "chat": ("ascent.cli.chat", "Talk to a model."),

@@ -99,9 +99,11 @@ def export(model: str, out: Path, form: Literal["merged", "adapter"]) -> None:
     MODEL is a name or id in the store, or a folder such as that of a trained stage. transformers and peft load what is
     written; no part of Ascent is needed for it.
     """
+    from ascent.cli.engines import pinned
     from ascent.inference.export import export_adapter, export_merged
 
-    (export_merged if form == "merged" else export_adapter)(model, out, _store())
+    store = _store()
+    (export_merged if form == "merged" else export_adapter)(pinned(model, store), out, store)
     say(f"wrote {megabytes(_size(out))} to {out}")
 
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ascent.customize.recipes import Recipe, SupervisedRecipe
     from ascent.customize.train import TrainingData
     from ascent.evaluate.program import Program
+    from ascent.records import RunCard
 
 RECIPE_COPY = "recipe.json"
 SHOWN = (
@@ -41,38 +42,66 @@ SHOWN = (
     help="Where the run goes; by default runs/<recipe>-s<seed> beside the recipe.",
 )
 @click.option("--resume", is_flag=True, help="Go on from the run's last checkpoint.")
-def command(recipe_file: Path, out: Path | None, resume: bool) -> None:
+@click.option(
+    "--keep-every",
+    type=click.IntRange(min=1),
+    help="Also keep the model of every so many steps, as OUT/steps/STEP/model; the result stays the same.",
+)
+@click.option(
+    "--processes",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Train data-parallel in so many processes; cores are divided among them.",
+)
+def command(recipe_file: Path, out: Path | None, resume: bool, keep_every: int | None, processes: int) -> None:
     """Train a model as the YAML file RECIPE says.
 
     OUT/model gets the merged weights and the adapter, OUT/run.json how they came about, OUT/metrics.jsonl every step.
-    Ctrl-C writes a checkpoint and exits with 130.
+    Ctrl-C writes a checkpoint and exits with 130. To start from the checkpoint of another run, give that run's folder
+    as the recipe's `model`.
     """
+    from ascent.cli.engines import pinned
     from ascent.customize.recipes import load_recipe
+    from ascent.inference.store import Store
     from ascent.records.files import claim_folder
 
     recipe = load_recipe(recipe_file)
+    recipe = recipe.model_copy(update={"model": pinned(recipe.model, Store())})
     folder = out or recipe_file.parent / "runs" / f"{recipe_file.stem}-s{recipe.seed}"
     claim_folder(folder / RECIPE_COPY, recipe.model_dump_json(indent=1), resume=resume, what="run")
-    _run(recipe, folder)
+    _run(recipe, folder, keep_every, processes)
 
 
-def _run(recipe: Recipe, folder: Path) -> None:
+def _run(recipe: Recipe, folder: Path, keep_every: int | None, processes: int) -> None:
     from ascent.cli.engines import model_folder
+    from ascent.customize import parallel
     from ascent.customize.plan import plan, record_outcome
-    from ascent.customize.train import train
     from ascent.inference.store import Store
 
     data = training_data(recipe)
     start = model_folder(recipe.model, Store())
     planned = plan(recipe, start, data)
-    with contextlib.ExitStack() as stack:
-        card = train(recipe, start, data, folder, report=step_report(recipe.algorithm, stack), announce=_announce)
+    work = (recipe, start, data, folder, keep_every)
+    card = _train(*work) if processes == 1 else parallel.launch(_train, work, processes)
     outcome = record_outcome(planned, card, folder)
     size = f"at most {card.peak_rss_mb:,.0f} MB"
     note(f"planned: {outcome.predicted['seconds']:.0f} s, {outcome.predicted['peak_mb']:,.0f} MB")
     say(f"trained {card.steps} steps on {card.tokens:,} tokens in {card.seconds:.0f} s, {size}")
     say(f"model: {folder / 'model'}")
     say(f"talk to it: ascent chat {folder / 'model'}")
+
+
+def _train(recipe: Recipe, start: Path, data: TrainingData, folder: Path, keep_every: int | None) -> RunCard:
+    """Train in this process, alone or as one of several; the first one says how it goes."""
+    from ascent.customize import parallel
+    from ascent.customize.train import train
+
+    with contextlib.ExitStack() as stack:
+        if parallel.rank() != 0:
+            return train(recipe, start, data, folder, keep_every=keep_every)
+        report = step_report(recipe.algorithm, stack)
+        return train(recipe, start, data, folder, report=report, announce=_announce, keep_every=keep_every)
 
 
 def training_data(recipe: Recipe) -> TrainingData:

@@ -99,13 +99,17 @@ class TokenBatch:
     reward_N: Tensor
     anchor_N: Tensor
     embedding_ND: Tensor
-    sequences: int
 
     def to(self, device: torch.device) -> TokenBatch:
         """Move every tensor."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         moved: dict[str, Any] = {name: t.to(device) for name, t in values.items() if isinstance(t, Tensor)}
         return replace(self, **moved)
+
+    @property
+    def sequences(self) -> int:
+        """N."""
+        return len(self.last_N)
 
     @property
     def at_M(self) -> Tensor:
@@ -163,7 +167,6 @@ def collate(sequences: Sequence[TrainSequence]) -> TokenBatch:
         reward_N=torch.tensor([seq.reward for seq in sequences]),
         anchor_N=torch.tensor([seq.anchor for seq in sequences]),
         embedding_ND=torch.tensor([seq.embedding for seq in sequences]),
-        sequences=len(sequences),
     )
 
 

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from ascent.customize import parallel
 from ascent.customize.batch import Scored, TokenBatch, TrainSequence, collate, pack
 from ascent.inference import lora
 from ascent.inference.decoder import Decoder, load_decoder
@@ -179,13 +180,17 @@ def per_target(
     sequences: Sequence[TrainSequence], token_budget: int, measure: Callable[[TokenBatch], Tensor]
 ) -> list[list[float]]:
     """Run `measure` (a batch to [M]) over sequences in micro-batches; return one list per sequence, in their order."""
-    found: list[list[float]] = [[] for _ in sequences]
-    for chosen in pack([[seq.token_ids] for seq in sequences], token_budget):
+    found: dict[int, list[float]] = {}
+    bins = pack([[seq.token_ids] for seq in sequences], token_budget)
+    mine = parallel.share([sum(len(sequences[index].token_ids) for index in chosen) for chosen in bins])[
+        parallel.rank()
+    ]
+    for chosen in (bins[place] for place in mine):
         values = measure(collate([sequences[index] for index in chosen])).float().cpu()
         parts = torch.split(values, [sequences[index].targets for index in chosen])
         for index, part in zip(chosen, parts, strict=True):
             found[index] = part.tolist()
-    return found
+    return parallel.collected(found, len(sequences))
 
 
 def _score(decoder: Decoder, batch: TokenBatch, temperature: float, entropy: bool) -> tuple[Tensor, Tensor]:

@@ -86,7 +86,7 @@ class RecipeBase(Part):
     axes: dict[str, Any] = Field(default_factory=dict)
     """Other choices on the row's axes, such as {beta: 0.2} or {clip: [0.8, 1.28]}."""
     model: str
-    """Start model: a name or id in the store, or a folder."""
+    """Start model: a name or id in the store, a model folder, or, for another run's checkpoint, that run's folder."""
     seed: int = 0
     """Seeds adapter initialisation, data order and sampling."""
     precision: Literal["bf16", "fp32"] = "bf16"

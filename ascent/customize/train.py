@@ -71,10 +71,12 @@ def train(
     *,
     report: StepReport | None = None,
     announce: Announce | None = None,
+    keep_every: int | None = None,
 ) -> RunCard:
     """Train and write `folder/model` (merged weights, adapter, tokenizer) and `folder/run.json`.
 
-    A finished run is not repeated: its card is read back. An unfinished one goes on from its checkpoint.
+    A finished run is not repeated: its card is read back. An unfinished one goes on from its checkpoint. The model of
+    every `keep_every` steps is kept as `folder/steps/<step>/model`, without any effect on the run.
 
     Raises:
         BadInput: there is nothing to train on, a row is longer than the context, or the folder holds a run of another
@@ -96,6 +98,9 @@ def train(
         checkpoint_every=recipe.checkpoint_every,
         boundary=recipe.minibatches if isinstance(recipe, OnlineRecipe) else 1,
         identity=identity,
+        origin={"recipe": recipe.model_dump(mode="json"), "start": str(start.absolute())},
+        keep_every=keep_every,
+        keep=lambda trainer, place: save_model(trainer.policy, start, place, recipe.model),
         report=report,
     )
     job = _Job(recipe, start, Renderer(start), run, announce or (lambda facts: None))
@@ -107,8 +112,10 @@ def train(
         trainer = job.online(recipe, data)
     if announce and "ended" in run.state:
         announce({"ended early": run.state["ended"]})
-    save_model(trainer.policy, start, folder / "model", recipe.model)
     card = run_card(recipe.algorithm, recipe, recipe.model, recipe.seed, data.sources, run, trainer.step)
+    if not run.writes:
+        return card
+    save_model(trainer.policy, start, folder / "model", recipe.model)
     write_atomic(finished, card.to_json(indent=1))
     shutil.rmtree(run.checkpoint, ignore_errors=True)
     return card
@@ -166,8 +173,7 @@ class _Job:
             else pair_sequences(data.preferences, self.renderer)
         )
         check_context(units, self._context())
-        head: HeadKind | None = "reward" if row.score == "head" else None
-        trainer = self._trainer(_steps(recipe, len(units)), {"units": len(units)}, head=head)
+        trainer = self._trainer(_steps(recipe, len(units)), {"units": len(units)})
         if row.pairing == "cross":
             embed_prompts(trainer.policy, units, recipe.token_budget, _embedding(recipe, data.preferences))
         train_preference(
@@ -198,8 +204,7 @@ class _Job:
             gold=recipe.reward.gold,
         )
         teacher = self._teacher(recipe.reward.teacher, None) if recipe.reward.teacher is not None else None
-        head: HeadKind | None = "value" if row.critic else None
-        trainer = self._trainer(recipe.steps, {"prompts": len(data.tasks)}, head=head, teacher=teacher)
+        trainer = self._trainer(recipe.steps, {"prompts": len(data.tasks)}, teacher=teacher)
         sampler = load_decoder(self.start, DTYPES[recipe.precision])
         engine = TorchEngine(sampler, self.renderer, f"{recipe.model}+{row.name}")
         with open_rewards(recipe, self.renderer, self.run.folder, self.announce) as rewards:
@@ -216,17 +221,9 @@ class _Job:
             )
         return trainer
 
-    def _trainer(
-        self,
-        steps: int,
-        facts: dict[str, int],
-        *,
-        head: HeadKind | None = None,
-        teacher: Teacher | None = None,
-    ) -> Trainer:
+    def _trainer(self, steps: int, facts: dict[str, int], *, teacher: Teacher | None = None) -> Trainer:
         recipe = self.recipe
-        adapter = recipe.lora.config if recipe.lora else None
-        policy = Policy.load(self.start, recipe.precision, adapter, recipe.seed, head=head, teacher=teacher)
+        policy = policy_of(recipe, self.start, teacher)
         self.announce(
             {
                 "algorithm": recipe.algorithm,
@@ -244,6 +241,18 @@ class _Job:
 
     def _context(self) -> int:
         return DecoderConfig.from_folder(self.start).context
+
+
+def policy_of(recipe: Recipe, start: Path, teacher: Teacher | None = None) -> Policy:
+    """Load the recipe's policy as it is before the first step: the start model with its adapter and head."""
+    row = recipe.row
+    head: HeadKind | None = None
+    if isinstance(row, PreferenceRow) and row.score == "head":
+        head = "reward"
+    elif isinstance(row, OnlineRow) and row.critic:
+        head = "value"
+    adapter = recipe.lora.config if recipe.lora else None
+    return Policy.load(start, recipe.precision, adapter, recipe.seed, head=head, teacher=teacher)
 
 
 def _embedding(recipe: PreferenceRecipe, preferences: Sequence[Preference]) -> torch.Tensor | None:

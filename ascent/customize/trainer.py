@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ascent.customize import parallel
 from ascent.customize.batch import TokenBatch
 from ascent.customize.objectives.losses import Objective
 from ascent.customize.policy import Policy
@@ -51,6 +52,9 @@ class Optim:
 class Trainer:
     """Owns the optimizer state of a policy.
 
+    Processes that train together each keep the moments of their own share of the parameters (ZeRO stage 1, Rajbhandari
+    et al. 2020, arXiv 1910.02054 §5.1), update those, and send them to the others.
+
     A resumed run repeats an uninterrupted one bit for bit on the same machine with the same number of threads: sums
     over threads round by their number.
     """
@@ -58,8 +62,14 @@ class Trainer:
     def __init__(self, policy: Policy, optim: Optim, total_steps: int) -> None:
         self.policy, self.optim, self.total_steps = policy, optim, total_steps
         self.step = 0
+        self._owners = parallel.share([parameter.numel() for parameter in policy.parameters])
+        self._owned = self._owners[parallel.rank()]
         self._adam = torch.optim.AdamW(
-            policy.parameters, lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay, foreach=True
+            [policy.parameters[index] for index in self._owned],
+            lr=optim.lr,
+            betas=optim.betas,
+            weight_decay=optim.weight_decay,
+            foreach=True,
         )
 
     def update(
@@ -79,7 +89,7 @@ class Trainer:
         """
         sums: dict[str, list[float]] = {}
         loss = 0.0
-        for batch in batches:
+        for batch in parallel.my_batches(batches):
             out = objective(self.policy.measure(batch, temperature=temperature, entropy=entropy), batch)
             out.loss.backward()  # type: ignore[no-untyped-call]
             loss += out.loss.item()
@@ -87,39 +97,63 @@ class Trainer:
                 total = sums.setdefault(name, [0.0, 0.0])
                 total[0] += numerator.item()
                 total[1] += denominator.item()
+        parallel.sum_gradients(self.policy.parameters)
+        loss, sums = _summed(parallel.gathered((loss, sums)))
         lr = self.optim.lr_at(self.step, self.total_steps)
         for group in self._adam.param_groups:
             group["lr"] = lr
         norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters, self.optim.clip_norm)
         if torch.isfinite(norm):
             self._adam.step()
-        self._adam.zero_grad(set_to_none=True)
+            parallel.spread(self.policy.parameters, self._owners)
+        for parameter in self.policy.parameters:
+            parameter.grad = None
         self.step += 1
         ratios = {name: top / bottom if bottom else math.nan for name, (top, bottom) in sums.items()}
         return {"loss": loss, "grad_norm": norm.item(), "lr": lr, **ratios}
 
     def save(self, folder: Path, extra: dict[str, Any]) -> None:
-        """Write an atomic checkpoint: trainable tensors, optimizer moments, step, RNG and the loop's `extra` state."""
+        """Write an atomic checkpoint: trainable tensors, optimizer moments, step, RNG and the loop's `extra` state.
+
+        Of processes that train together all must call it, and the first one writes.
+        """
+        moments = {
+            f"adam.{index}.{name}": value.detach().contiguous()
+            for index in self._owned
+            for name, value in self._adam.state.get(self.policy.parameters[index], {}).items()
+        }
+        parts = parallel.to_first(moments)
+        if parallel.rank() != 0:
+            return
         with folder_atomic(folder) as scratch:
             tensors: dict[str, Tensor] = {"rng": torch.get_rng_state()}
             for index, parameter in enumerate(self.policy.parameters):
                 tensors[f"parameter.{index}"] = parameter.detach().contiguous()
-                for name, value in self._adam.state.get(parameter, {}).items():
-                    tensors[f"adam.{index}.{name}"] = value.detach().contiguous()
+            for part in parts:
+                tensors |= part
             write_tensors(scratch / TENSORS, tensors)
             state = {"step": self.step, "extra": extra, "tensors": sha256_file(scratch / TENSORS)}
             (scratch / STATE).write_text(json.dumps({"state": state, "sha256": digest(state)}), encoding="utf-8")
 
     def load(self, folder: Path) -> dict[str, Any] | None:
-        """Restore a checkpoint and return its `extra`, or None when there is no checkpoint.
+        """Restore a run's own checkpoint and return its `extra`, or None when there is no checkpoint.
 
         Raises:
-            Corrupt: a file of the checkpoint is missing, was changed, or does not belong to this policy.
+            Corrupt: as `restore`.
         """
         recover_folder(folder)
         if not folder.exists():
             return None
-        state = _read_state(folder)
+        extra: dict[str, Any] = self.restore(folder)["extra"]
+        return extra
+
+    def restore(self, folder: Path) -> dict[str, Any]:
+        """Restore a checkpoint and return its state: step, tensors' sha256 and `extra`. The folder is only read.
+
+        Raises:
+            Corrupt: a file of the checkpoint is missing, was changed, or does not belong to this policy.
+        """
+        state = read_state(folder)
         tensors = read_tensors(folder / TENSORS)
         count = len(self.policy.parameters)
         stored = [tensors.get(f"parameter.{index}") for index in range(count)]
@@ -130,15 +164,25 @@ class Trainer:
             parameter.data.copy_(tensors[f"parameter.{index}"])
             prefix = f"adam.{index}."
             moments = {k.removeprefix(prefix): v.clone() for k, v in tensors.items() if k.startswith(prefix)}
-            if moments:
+            if moments and index in self._owned:
                 self._adam.state[parameter] = moments
         torch.set_rng_state(tensors["rng"])
         self.step = state["step"]
-        extra: dict[str, Any] = state["extra"]
-        return extra
+        return state
 
 
-def _read_state(folder: Path) -> dict[str, Any]:
+def _summed(parts: Sequence[tuple[float, dict[str, list[float]]]]) -> tuple[float, dict[str, list[float]]]:
+    """Add losses, and numerators and denominators of metrics, over processes."""
+    sums: dict[str, list[float]] = {}
+    for _, part in parts:
+        for name, pair in part.items():
+            total = sums.setdefault(name, [0.0, 0.0])
+            total[0] += pair[0]
+            total[1] += pair[1]
+    return sum(loss for loss, _ in parts), sums
+
+
+def read_state(folder: Path) -> dict[str, Any]:
     """Return a checkpoint's state after checking it and the tensors beside it against their checksums."""
     remedy = "delete the folder to start again"
     try:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
+from typing import Any
 
 from ascent.evaluate.pool import GraderPool
 from ascent.evaluate.statistics import (
@@ -24,6 +25,11 @@ from ascent.records.errors import BadInput
 CHUNK = 256
 """Tasks given to the engine at once: enough for it to batch well, few enough to hold with their tokens."""
 
+Attempt = Callable[[Sequence[Task], Sampling, Callable[[int], None] | None], list[list[Episode]]]
+"""What attempts tasks: from tasks, how to sample and what hears of finished episodes to `sampling.n` episodes per task,
+in task order, ungraded but for scores that the attempt brings along. A lost episode has its `error` and finish `error`.
+"""
+
 
 def evaluate(
     engine: Engine,
@@ -37,12 +43,14 @@ def evaluate(
     keep_tokens: bool = False,
     abstain_below: float = 0.0,
     chunk: int = CHUNK,
+    attempt: Attempt | None = None,
+    details: Mapping[str, Any] | None = None,
 ) -> Report:
     """Answer every task `sampling.n` times, grade the answers and return the report.
 
-    An answer whose sampling failed stays in the report as an unscored item. The report's metrics are the
-    pool's graders; its id is the digest of what was measured, so repeating a deterministic measurement gives
-    the same id.
+    An answer whose sampling failed stays in the report as an unscored item, as does an episode that was lost. The
+    report's metrics are the pool's graders and the scores that the attempt brought along, such as an environment's;
+    its id is the digest of what was measured, so repeating a deterministic measurement gives the same id.
 
     Args:
         engine: what answers; `engine.model` goes into the report.
@@ -54,37 +62,41 @@ def evaluate(
         on_done: hears how many further samples the engine has finished.
         abstain_below: the confidence under which an answer is doubtful; the program's `finish` hears of it.
         keep_tokens: keep token ids, masks and log-probs in the items. They make a report many times larger.
-        chunk: tasks per call of the engine.
+        chunk: tasks per call of the engine, or of `attempt`.
+        attempt: what runs the tasks with the engine; by default each is asked once.
+        details: what else decided the answers, such as the environment; it joins the report's `sampling`.
 
     Raises:
         BadInput: two tasks share an id, or a task has no messages.
     """
     _check(tasks)
     started = time.monotonic()
+    attempt = attempt or single_turn(engine)
     items: list[Episode] = []
     prompt_tokens = completion_tokens = 0
     for begin in range(0, len(tasks), chunk):
         part = tasks[begin : begin + chunk]
-        answers = engine.generate([Prompt(task.messages) for task in part], sampling, on_done)
+        attempts = attempt(part, sampling, on_done)
         pairs = [
-            (task, episode_of(task, completion, engine.model, sample, abstain_below))
-            for task, completions in zip(part, answers, strict=True)
-            for sample, completion in enumerate(completions)
+            (task, _doubted(episode, abstain_below))
+            for task, episodes in zip(part, attempts, strict=True)
+            for episode in episodes
         ]
-        prompt_tokens += sum(len(completions[0].prompt_ids) for completions in answers if completions)
+        prompt_tokens += sum(map(_tokens_read, attempts))
         completion_tokens += sum(episode.completion_tokens for _, episode in pairs)
         graded = pool.grade(pairs)
         items.extend(graded if keep_tokens else map(_without_tokens, graded))
+    names = dict.fromkeys([*pool.graders, *(score.name for item in items for score in item.scores)])
     groups = {task.id: task.group for task in tasks if task.group is not None}
     report = Report(
         id="",
         model=engine.model,
         stage=stage,
         data=data,
-        metrics={name: estimate(name, items, groups) for name in pool.graders},
+        metrics={name: estimate(name, items, groups) for name in names},
         items=tuple(items),
         groups=groups,
-        sampling={**asdict(sampling), "stop": list(sampling.stop)},
+        sampling={**asdict(sampling), "stop": list(sampling.stop), **(details or {})},
         prompt_tokens=prompt_tokens,
         completion_tokens=completion_tokens,
     )
@@ -95,6 +107,21 @@ def evaluate(
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
         }
     )
+
+
+def single_turn(engine: Engine) -> Attempt:
+    """Return what asks every task once: its messages in, one answer out, all tasks in one call of the engine."""
+
+    def attempt(
+        tasks: Sequence[Task], sampling: Sampling, on_done: Callable[[int], None] | None = None
+    ) -> list[list[Episode]]:
+        answers = engine.generate([Prompt(task.messages) for task in tasks], sampling, on_done)
+        return [
+            [episode_of(task, completion, engine.model, sample) for sample, completion in enumerate(completions)]
+            for task, completions in zip(tasks, answers, strict=True)
+        ]
+
+    return attempt
 
 
 def estimate(
@@ -144,7 +171,7 @@ def estimate(
     )
 
 
-def episode_of(task: Task, completion: Completion, model: str, sample: int = 0, abstain_below: float = 0.0) -> Episode:
+def episode_of(task: Task, completion: Completion, model: str, sample: int = 0) -> Episode:
     """Return one completion of a task as an ungraded episode.
 
     Its tokens are the prompt's and the completion's; the mask marks the latter. Tokens are left out where the
@@ -152,7 +179,6 @@ def episode_of(task: Task, completion: Completion, model: str, sample: int = 0, 
     """
     prompt, sampled = completion.prompt_ids, completion.token_ids
     whole = len(completion.logps) == len(sampled) > 0
-    confidence = math.exp(min(completion.logps)) if whole else None
     return Episode(
         task_id=task.id,
         model=model,
@@ -162,8 +188,7 @@ def episode_of(task: Task, completion: Completion, model: str, sample: int = 0, 
         loss_mask=(False,) * len(prompt) + (True,) * len(sampled) if whole else (),
         logps=(0.0,) * len(prompt) + completion.logps if whole else (),
         finish=completion.finish,
-        confidence=confidence,
-        doubtful=confidence is not None and confidence < abstain_below,
+        confidence=math.exp(min(completion.logps)) if whole else None,
         sample=sample,
         error=completion.error,
     )
@@ -185,6 +210,17 @@ def _interval(values: Sequence[float], clusters: Sequence[Hashable], seed: int) 
 
 def _score(name: str, episode: Episode) -> Score:
     return episode.score(name) or Score(name=name, unscored=Unscored.error, reason="was not graded")
+
+
+def _doubted(episode: Episode, below: float) -> Episode:
+    unsure = episode.confidence is not None and episode.confidence < below
+    return episode.model_copy(update={"doubtful": True}) if unsure else episode
+
+
+def _tokens_read(episodes: Sequence[Episode]) -> int:
+    """Count the tokens that the samples of a task read and did not write; what comes before the first answer, once."""
+    masks = [episode.loss_mask for episode in episodes if any(episode.loss_mask)]
+    return sum(mask.count(False) for mask in masks) - sum(mask.index(True) for mask in masks[1:])
 
 
 def _without_tokens(episode: Episode) -> Episode:

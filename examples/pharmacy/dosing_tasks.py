@@ -1,6 +1,7 @@
 """Writes tasks for `dosing.py`, train and test without a common drug, and knows how an expert would act.
 
-Run it as `python dosing_tasks.py [seed]`; it writes `dosing/train.jsonl` and `dosing/test.jsonl` beside this file.
+Run it as `python dosing_tasks.py [seed]`; into the folder `dosing` beside this file it writes `train.jsonl`,
+`test.jsonl`, and an expert's episodes on the first train tasks as `demonstrations.jsonl`.
 """
 
 from __future__ import annotations
@@ -15,11 +16,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from dosing import evidence, interactions, share_of, tablets
+from dosing import Dosing, evidence, interactions, share_of, tablets
 
-from ascent.records import Message
+from ascent.records import Message, Task
 
 SIZES = {"train": 600, "test": 200}
+DEMONSTRATIONS = 96
 TEST_PAIRS = 14  # interacting pairs that lie wholly on the test side
 _ORDER = re.compile(
     r"Order: (?P<drug>.+) (?P<mg_per_kg>[\d.]+) mg/kg, tablets of (?P<strength>[\d.]+) mg\. "
@@ -92,9 +94,28 @@ def expert(messages: Sequence[Message]) -> str:
     return f"interaction: {answer['interaction']}; tablets: {answer['tablets']:g}; action: {answer['action']}"
 
 
-if __name__ == "__main__":
-    folder = Path(__file__).resolve().parent / "dosing"
-    folder.mkdir(exist_ok=True)
-    for file, rows in make(int(sys.argv[1]) if len(sys.argv) > 1 else 7).items():
+def demonstrate(row: dict[str, Any]) -> dict[str, Any]:
+    """Return an expert's episode on a row, as a conversation to imitate."""
+    world = Dosing()
+    messages = list(world.reset(Task(id=row["id"], input=row["input"])))
+    while True:
+        messages.append(Message(role="assistant", content=expert(messages)))
+        step = world.step(messages[-1].content)
+        if step.done:
+            turns = [{"role": message.role, "content": message.content} for message in messages]
+            return {"id": row["id"], "messages": turns, "group": row["group"]}
+        messages += step.messages
+
+
+def generate(folder: Path, seed: int) -> None:
+    """Write the three files into `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = make(seed)
+    files["demonstrations"] = [demonstrate(row) for row in files["train"][:DEMONSTRATIONS]]
+    for name, rows in files.items():
         lines = "".join(json.dumps(row) + "\n" for row in rows)
-        (folder / f"{file}.jsonl").write_text(lines, encoding="utf-8")
+        (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    generate(Path(__file__).resolve().parent / "dosing", int(sys.argv[1]) if len(sys.argv) > 1 else 7)

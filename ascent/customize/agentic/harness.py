@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from ascent.evaluate.suite import episode_of
-from ascent.inference.engine import Engine, Prompt, Sampling
+from ascent.evaluate.suite import Attempt, single_turn
+from ascent.inference.engine import Engine, Sampling
 from ascent.records import Episode, Task
 
 
@@ -49,11 +49,18 @@ class SingleTurn:
         on_done: Callable[[int], None] | None = None,
     ) -> list[Attempts]:
         """Sample every task in one call of the engine; an answer that the engine failed to give is lost."""
-        completions = engine.generate([Prompt(task.messages) for task in tasks], sampling, on_done)
         return [
-            Attempts(
-                tuple(episode_of(task, completion, engine.model, index) for index, completion in enumerate(group)),
-                lost=sum(completion.error is not None for completion in group),
-            )
-            for task, group in zip(tasks, completions, strict=True)
+            Attempts(tuple(group), lost=sum(episode.error is not None for episode in group))
+            for group in single_turn(engine)(tasks, sampling, on_done)
         ]
+
+
+def attempt_with(harness: Harness, engine: Engine) -> Attempt:
+    """Return what `evaluate` runs tasks with to measure `engine` in a harness; lost episodes are among its results."""
+
+    def attempt(
+        tasks: Sequence[Task], sampling: Sampling, on_done: Callable[[int], None] | None = None
+    ) -> list[list[Episode]]:
+        return [list(group.episodes) for group in harness.run(engine, tasks, sampling, on_done)]
+
+    return attempt

@@ -253,7 +253,8 @@ class _Slot:
         self.error = reason
 
     def episode(self, model: str) -> Episode:
-        """What came of it."""
+        """What came of it; what the environment scored before the episode was lost does not count."""
+        scores = () if self.score is None or self.error is not None else (as_score("environment", self.score),)
         return Episode(
             task_id=self.task.id,
             model=model,
@@ -264,7 +265,7 @@ class _Slot:
             logps=self.logps,
             finish=FinishReason.error if self.error is not None else self.finish,
             confidence=self.confidence,
-            scores=() if self.score is None else (as_score("environment", self.score),),
+            scores=scores,
             sample=self.sample,
             error=self.error,
         )

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from ascent.customize import parallel
 from ascent.customize.batch import TokenBatch, TrainSequence, micro_batches
 from ascent.customize.loops.credit import Annotate, Annotated, credit
 from ascent.customize.objectives.losses import objective
@@ -77,7 +78,7 @@ def train_online(
         if fresh:
             engine.synchronise(trainer.policy.decoder)
             require_current(engine, trainer)
-            groups, facts = collect_groups(row, tasks, sample, run, settings, seed)
+            groups, facts = collect_groups(row, tasks, shared(sample), run, settings, seed)
             _note_empty(run, row.teacher or any(group.informative for group in groups))
             _note_divergence(run, facts)
             chunks = credit(
@@ -98,6 +99,22 @@ def train_online(
         if fresh and row.correction == "none":
             facts["mismatch_kl"] = metrics.get("approx_kl", math.nan)
         run.log(step, trainer.total_steps, sum(len(seq.token_ids) for seq in batch), {**facts, **metrics})
+
+
+def shared(sample: Sample) -> Sample:
+    """Let each of the processes that train together sample a share of the tasks; all get all groups."""
+
+    def sample_share(tasks: Sequence[Task], sampling: Sampling) -> tuple[list[Group], dict[str, float]]:
+        mine = range(parallel.rank(), len(tasks), parallel.width())
+        seeded = replace(sampling, seed=sampling.seed + parallel.rank() * 999_983)  # a task may be drawn twice
+        groups, numbers = sample([tasks[i] for i in mine], seeded) if mine else ([], {})
+        counted: dict[str, float] = {}
+        for part in parallel.gathered(numbers):
+            for name, number in part.items():
+                counted[name] = counted.get(name, 0.0) + number
+        return parallel.collected(dict(zip(mine, groups, strict=True)), len(tasks)), counted
+
+    return sample_share
 
 
 def annotator(policy: Policy, row: OnlineRow, token_budget: int, temperature: float) -> Annotate:
