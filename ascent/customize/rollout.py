@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
-from ascent.customize.agentic.harness import Harness, SingleTurn
+from ascent.customize.agentic.harness import Attempts, Harness, SingleTurn
 from ascent.customize.objectives.credit import is_informative
 from ascent.evaluate.pool import GraderPool
 from ascent.inference.engine import Engine, Sampling
@@ -44,15 +45,23 @@ def rollout(
 ) -> list[Group]:
     """Sample `sampling.n` episodes per task and grade them by `reward` (and whatever else the pool grades).
 
-    Without a harness an episode is one turn. An environment's own score can be the reward, by the name `environment`.
+    A task's episodes are graded while others are still sampled. Without a harness an episode is one turn. An
+    environment's own score can be the reward, by the name `environment`.
     """
-    attempts = (harness or SingleTurn()).run(engine, tasks, sampling, on_done)
-    graded = pool.grade(
-        [(task, episode) for task, group in zip(tasks, attempts, strict=True) for episode in group.episodes]
-    )
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="grading") as grading:
+        graded: dict[int, Future[list[Episode]]] = {}
+
+        def grade(index: int, group: Attempts) -> None:
+            graded[index] = grading.submit(pool.grade, [(tasks[index], episode) for episode in group.episodes])
+
+        try:
+            attempts = (harness or SingleTurn()).run(engine, tasks, sampling, on_done, grade)
+        except BaseException:
+            grading.shutdown(wait=False, cancel_futures=True)
+            raise
     groups = []
     for index, (task, group) in enumerate(zip(tasks, attempts, strict=True)):
-        episodes = tuple(graded[index * sampling.n : (index + 1) * sampling.n])
+        episodes = tuple(graded[index].result())
         rewards = tuple(reward_of(episode, reward) for episode in episodes)
         groups.append(Group(task, episodes, rewards, group.lost, group.refilled))
     return groups

@@ -50,6 +50,7 @@ class TrainingRun:
         self.checkpoint_every, self.boundary, self.identity = checkpoint_every, boundary, identity
         self.origin, self.keep_every, self.keep = origin, keep_every, keep
         self.state: dict[str, Any] = {}
+        self.before_checkpoint: Callable[[], None] = lambda: None
         self.seconds = 0.0
         self.tokens = 0
         self.last: dict[str, float] = {}
@@ -96,6 +97,7 @@ class TrainingRun:
                     self.keep(trainer, self.folder / KEPT / f"{trainer.step:06}" / "model")
                 if whole and (done or stop or since >= self.checkpoint_every):
                     since = 0
+                    self.before_checkpoint()
                     self._metrics.close()
                     trainer.save(self.checkpoint, self._extra())
                 if stop and whole and not done:

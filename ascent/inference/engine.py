@@ -77,6 +77,11 @@ class Engine(Protocol):
         prompts: Sequence[Prompt],
         sampling: Sampling,
         on_done: Callable[[int], None] | None = None,
+        on_group: Callable[[int, list[Completion]], None] | None = None,
     ) -> list[list[Completion]]:
-        """Return `sampling.n` completions per prompt, in prompt order; `on_done` hears of each finished sample."""
+        """Return `sampling.n` completions per prompt, in prompt order.
+
+        `on_done` hears of each finished sample; `on_group` gets each prompt's place and completions as soon as they are
+        all there, while others are still sampled.
+        """
         ...

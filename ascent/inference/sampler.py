@@ -1,12 +1,15 @@
-"""Sampling on top of key/value caches: what is shared is kept once, what is finished leaves.
+"""Sampling with continuous batching on top of a tree of key/value caches.
 
-The longest prefix that all prompts of a call share (system text, few-shot examples) is computed once and its keys and
-values are kept once; every row's attention runs over that shared part and its own part with one joint softmax. Each
-distinct prompt is computed once however many samples it has. Rows that end are dropped from the batch.
+Rows leave when they end, and waiting ones enter as soon as enough places in flight are free, so that no row waits for
+the slowest of a wave. Each distinct prompt is computed once on top of the prefix that all prompts of the call share,
+however many rows sample it. A row's tokens come from its own stream of uniform numbers: they do not depend on which
+rows run beside it.
 """
 
 from __future__ import annotations
 
+import itertools
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -14,11 +17,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ascent.inference.decoder import Cache, Decoder, Layer
+from ascent.inference.cache import Cache, Span, layout, padded
+from ascent.inference.decoder import Decoder
 from ascent.inference.engine import Sampling
-from ascent.inference.head import exact_logp
+from ascent.inference.sampling.draw import draw
+from ascent.inference.sampling.passes import prefill, prefill_common, step
+from ascent.inference.sampling.weights import Packed, Weights
 
-DROP_FRACTION = 0.125  # compact the caches when this share of rows has ended: copying costs about one step
+__all__ = ["Ending", "Row", "draw", "sample_rows", "shared_prefix"]
+
+ENTER_FRACTION = 0.125  # let rows enter when this share of those in flight is free: a prefill reads all weights too
+PREFILL_TOKENS = 2048  # padded prompt tokens of one prefill; products gain nothing from more, and scores grow
 
 
 @dataclass(frozen=True)
@@ -44,6 +53,17 @@ class Row:
     ended: bool = False
 
 
+@dataclass(eq=False)
+class _Group:
+    """Rows of one distinct prompt. `hidden_D` is the prompt's last state once computed; `slot` its place apart."""
+
+    tokens: tuple[int, ...]
+    waiting: deque[Row]
+    alive: int = 0
+    slot: int = -1
+    hidden_D: Tensor | None = None
+
+
 @torch.inference_mode()
 def sample_rows(
     model: Decoder,
@@ -54,29 +74,34 @@ def sample_rows(
     seeds: Sequence[int],
     rows_in_flight: int,
     on_done: Callable[[int], None] | None = None,
+    on_group: Callable[[int, list[Row]], None] | None = None,
+    packed: Packed | None = None,
 ) -> list[list[Row]]:
     """Sample `sampling.n` rows for each prompt of token ids; `seeds[i]` starts prompt i's streams.
 
-    Returned rows include the end token when one was sampled.
+    Returned rows include the end token when one was sampled. `on_done` hears of each row that ends, `on_group` of each
+    prompt whose rows have all ended, while others are still sampled. `packed` keeps faster copies of the weights from
+    call to call.
     """
-    n = sampling.n
-    shared = shared_prefix(prompts)
-    prefix = prefill_prefix(model, prompts[0][:shared])
-    results: list[list[Row]] = [[] for _ in prompts]
-    order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), tuple(prompts[i])))
-    per_wave = max(1, rows_in_flight // n)
-    for start in range(0, len(order), per_wave):
-        wave = order[start : start + per_wave]
-        rows = [Row(i, k) for i in wave for k in range(n)]
-        noise = _noise([seeds[i] for i in wave], n, sampling.max_tokens) if sampling.temperature > 0 else None
-        place = {tokens: at for at, tokens in enumerate(dict.fromkeys(tuple(prompts[i]) for i in wave))}
-        cache, last_BD = prefill(model, [tokens[shared:] for tokens in place], prefix, room=sampling.max_tokens)
-        repeat = torch.tensor([place[tuple(prompts[row.prompt])] for row in rows], device=model.device)
-        if len(place) < len(rows):
-            cache.select(repeat)
-        _decode(model, cache, last_BD[repeat], rows, noise, sampling, ending, on_done)
-        for row in rows:
-            results[row.prompt].append(row)
+    results = [[Row(index, sample) for sample in range(sampling.n)] for index in range(len(prompts))]
+    rows_of: dict[tuple[int, ...], deque[Row]] = {}
+    for prompt, rows in zip(prompts, results, strict=True):
+        rows_of.setdefault(tuple(prompt), deque()).extend(rows)
+    groups = [_Group(tokens, rows) for tokens, rows in sorted(rows_of.items(), key=lambda item: (-len(item[0]), item))]
+    left = [sampling.n] * len(prompts)
+
+    def ended(row: Row) -> None:
+        left[row.prompt] -= 1
+        if on_done is not None:
+            on_done(1)
+        if on_group is not None and not left[row.prompt]:
+            on_group(row.prompt, results[row.prompt])
+
+    flying = _Flying(Weights(model, packed), groups, sampling, ending, seeds, max(1, rows_in_flight))
+    while flying.enter():
+        for row in flying.draw():
+            ended(row)
+        flying.step()
     return results
 
 
@@ -90,166 +115,171 @@ def shared_prefix(prompts: Sequence[Sequence[int]]) -> int:
     return common
 
 
-def prefill_prefix(model: Decoder, tokens: Sequence[int]) -> Cache:
-    """Compute the shared prefix once; its keys and values are [K, P, E] per layer."""
-    empty = Cache([], [], torch.zeros(1, dtype=torch.long), [], [], 0)
-    if not tokens:
-        return empty
-    cache, _ = prefill(model, [tokens], empty, room=0)
-    return Cache(
-        [],
-        [],
-        cache.used_B,
-        [key[0] for key in cache.keys],
-        [value[0] for value in cache.values],
-        len(tokens),
-    )
+class _Flying:
+    """The rows in flight and those that wait. Row i of the lists and tensors stands in slot i of the cache."""
 
+    def __init__(
+        self,
+        weights: Weights,
+        groups: Sequence[_Group],
+        sampling: Sampling,
+        ending: Ending,
+        seeds: Sequence[int],
+        limit: int,
+    ) -> None:
+        self.weights, self.sampling, self.ending, self.seeds, self.limit = weights, sampling, ending, seeds, limit
+        self.waiting = deque(groups)
+        self.prefix = shared_prefix([group.tokens for group in groups])
+        self.common = prefill_common(weights, groups[0].tokens[: self.prefix])
+        model = weights.model
+        plan = layout(
+            model.config,
+            model.dtype.itemsize,
+            [len(group.tokens) - self.prefix for group in groups],
+            self.prefix,
+            sum(len(group.waiting) for group in groups),
+            limit,
+        )
+        like = torch.empty(0, dtype=model.dtype, device=model.device)
+        self.cache = Cache(model.config, self.common, plan, like)
+        self.rows: list[Row] = []
+        self.groups: list[_Group] = []
+        self.noise: list[list[float]] = []
+        self.hidden_BD = like.new_empty(0, model.config.width)
+        self.tokens: list[int] = []
+        self.slots: list[_Group] = []
+        self._generator = torch.Generator()
 
-def prefill(model: Decoder, prompts: Sequence[Sequence[int]], prefix: Cache, *, room: int) -> tuple[Cache, Tensor]:
-    """Run prompts on top of the shared prefix. Returns a cache with `room` free places a row, last hidden [B, D]."""
-    lengths = torch.tensor([len(prompt) for prompt in prompts])
-    longest = int(lengths.max())
-    tokens_BS = torch.zeros(len(prompts), longest, dtype=torch.long)
-    for index, prompt in enumerate(prompts):
-        tokens_BS[index, : len(prompt)] = torch.tensor(prompt)
-    tokens_BS = tokens_BS.to(model.device)
-    positions_S = torch.arange(prefix.prefix, prefix.prefix + longest, device=model.device)
-    rope = model.rope(positions_S)
-    causal_SS = torch.ones(longest, longest, dtype=torch.bool, device=model.device).tril()
-    mask = torch.cat((causal_SS.new_ones(longest, prefix.prefix), causal_SS), dim=1)
-    cache = Cache([], [], lengths.to(model.device), prefix.prefix_keys, prefix.prefix_values, prefix.prefix)
-    x = model.embed(tokens_BS)
-    for index, layer in enumerate(model.blocks):
-        q, k, v = (part.transpose(1, 2) for part in layer.project(x, rope))
-        cache.keys.append(F.pad(k, (0, 0, 0, room)))
-        cache.values.append(F.pad(v, (0, 0, 0, room)))
-        if prefix.prefix:
-            rows = (len(prompts), -1, -1, -1)
-            k = torch.cat((prefix.prefix_keys[index].expand(*rows), k), dim=2)
-            v = torch.cat((prefix.prefix_values[index].expand(*rows), v), dim=2)
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
-        x = layer.mlp(x + layer.out(attended.transpose(1, 2).flatten(2)))
-    last_BD = model.norm(x)[torch.arange(len(prompts)), lengths - 1]
-    return cache, last_BD
-
-
-def step(model: Decoder, cache: Cache, tokens_B: Tensor) -> Tensor:
-    """Add one token to every row and return the final hidden states [B, D]."""
-    rows = torch.arange(len(tokens_B), device=model.device)
-    rope = model.rope(cache.used_B + cache.prefix)
-    span = int(cache.used_B.max()) + 1
-    hidden_from_BS = torch.arange(span, device=model.device) > cache.used_B[:, None]
-    x = model.embed(tokens_B)
-    for index, layer in enumerate(model.blocks):
-        q, k, v = layer.project(x, rope)
-        cache.keys[index][rows, :, cache.used_B] = k
-        cache.values[index][rows, :, cache.used_B] = v
-        x = x + layer.out(_attend(layer, cache, index, q, span, hidden_from_BS))
-        x = layer.mlp(x)
-    cache.used_B = cache.used_B + 1
-    final: Tensor = model.norm(x)
-    return final
-
-
-def _attend(layer: Layer, cache: Cache, index: int, q_BHE: Tensor, span: int, hidden_from_BS: Tensor) -> Tensor:
-    """Attention of one new token a row over the shared prefix and the row's own places, one softmax over both."""
-    c = layer.config
-    batch, groups = q_BHE.shape[0], c.heads // c.kv_heads
-    q_BKGE = q_BHE.view(batch, c.kv_heads, groups, c.head_size) * c.head_size**-0.5
-    own = (q_BKGE @ cache.keys[index][:, :, :span].transpose(-1, -2)).float()
-    own = own.masked_fill(hidden_from_BS[:, None, None], float("-inf"))
-    value = cache.values[index][:, :, :span]
-    if not cache.prefix:
-        alone: Tensor = own.softmax(-1).to(q_BHE.dtype) @ value
-        return alone.reshape(batch, -1)
-    q_KRE = q_BKGE.transpose(0, 1).reshape(c.kv_heads, batch * groups, c.head_size)
-    shared = (q_KRE @ cache.prefix_keys[index].transpose(-1, -2)).float()
-    shared = shared.view(c.kv_heads, batch, groups, -1).transpose(0, 1)
-    weights = torch.cat((shared, own), -1).softmax(-1).to(q_BHE.dtype)
-    on_shared, on_own = torch.split(weights, [cache.prefix, span], -1)
-    from_shared = on_shared.transpose(0, 1).reshape(c.kv_heads, batch * groups, -1) @ cache.prefix_values[index]
-    from_shared = from_shared.view(c.kv_heads, batch, groups, -1).transpose(0, 1)
-    both: Tensor = from_shared + on_own @ value
-    return both.reshape(batch, -1)
-
-
-def _decode(
-    model: Decoder,
-    cache: Cache,
-    hidden_BD: Tensor,
-    rows: Sequence[Row],
-    noise: Tensor | None,
-    sampling: Sampling,
-    ending: Ending,
-    on_done: Callable[[int], None] | None,
-) -> None:
-    """Grow all rows until each has ended or holds `max_tokens`."""
-    alive = list(rows)
-    place = torch.arange(len(rows))
-    head = model.head_weight
-    for index in range(sampling.max_tokens):
-        uniform_B = None if noise is None else noise[place, index].to(hidden_BD.device)
-        tokens_B, logps_B = draw(hidden_BD, head, sampling.temperature, sampling.top_p, uniform_B)
-        ended = 0
-        for row, token, logp in zip(alive, tokens_B.tolist(), logps_B.tolist(), strict=True):
-            if row.ended:
-                ended += 1
+    def enter(self) -> bool:
+        """Let waiting rows enter when it is worth a prefill; False when no row is left."""
+        if self.rows and self.limit - len(self.rows) < max(1, int(self.limit * ENTER_FRACTION)):
+            return True
+        while self.waiting and len(self.rows) < self.limit:
+            if self.cache.groups is None:
+                self._enter_folded(self._next())
                 continue
+            if self.waiting[0].hidden_D is None:
+                self._prefill_apart(self._next())
+            group = self.waiting[0]
+            assert group.hidden_D is not None
+            rows = self._take(group, self.limit - len(self.rows))
+            self.cache.enter_rows([(group.slot, len(group.tokens), Span())] * len(rows))
+            self._start([(group, row) for row in rows], group.hidden_D.expand(len(rows), -1))
+        return bool(self.rows)
+
+    def draw(self) -> list[Row]:
+        """Give every row its next token; rows that end leave and are returned."""
+        sampling, count = self.sampling, len(self.rows)
+        hidden_BD = F.pad(self.hidden_BD, (0, 0, 0, padded(count) - count))
+        uniform_B = None
+        if sampling.temperature > 0:
+            drawn = [noise[len(row.tokens)] for noise, row in zip(self.noise, self.rows, strict=True)]
+            uniform_B = torch.tensor(drawn + [0.0] * (len(hidden_BD) - count), device=hidden_BD.device)
+        head_VD, product = self.weights.head_VD, self.weights.head
+        tokens_B, logps_B = draw(hidden_BD, head_VD, sampling.temperature, sampling.top_p, uniform_B, product)
+        self.tokens = tokens_B.tolist()[:count]
+        for row, token, logp in zip(self.rows, self.tokens, logps_B.tolist()[:count], strict=True):
             row.tokens.append(token)
             row.logps.append(logp)
-            row.ended = ending.reached(row.tokens) or len(row.tokens) == sampling.max_tokens
-            if row.ended:
-                ended += 1
-                if on_done:
-                    on_done(1)
-        if ended == len(alive):
-            return
-        if ended >= max(1, DROP_FRACTION * len(alive)):
-            keep = torch.tensor([i for i, row in enumerate(alive) if not row.ended])
-            cache.select(keep.to(tokens_B.device))
-            tokens_B, place = tokens_B[keep.to(tokens_B.device)], place[keep]
-            alive = [alive[i] for i in keep.tolist()]
-        hidden_BD = step(model, cache, tokens_B)
+            row.ended = len(row.tokens) == sampling.max_tokens or self.ending.reached(row.tokens)
+        return self._leave([slot for slot, row in enumerate(self.rows) if row.ended])
 
+    def step(self) -> None:
+        """Run every row's new token through the model."""
+        if self.rows:
+            tokens_B = torch.tensor(self.tokens, device=self.hidden_BD.device)
+            self.hidden_BD = step(self.weights, self.cache, tokens_B)
+        self.hidden_BD = self.hidden_BD[: len(self.rows)]
 
-def draw(
-    hidden_BD: Tensor, head_VD: Tensor, temperature: float, top_p: float, uniform_B: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Pick a token per row and return (tokens_B, logps_B); greedy when `uniform_B` is None.
+    def _next(self) -> list[_Group]:
+        """Groups at the front whose prompts are to be computed together."""
+        batch = [self.waiting[0]]
+        rows = len(self.rows) + len(batch[0].waiting)
+        longest = len(batch[0].tokens) - self.prefix  # the longest come first
+        for group in itertools.islice(self.waiting, 1, None):
+            if rows >= self.limit or longest * (len(batch) + 1) > PREFILL_TOKENS:
+                break
+            batch.append(group)
+            rows += len(group.waiting)
+        return batch
 
-    One uniform number per token picks it by the inverse of the cumulative distribution, so that a row's tokens do not
-    depend on which other rows are in the batch.
-    """
-    logits_BV = (hidden_BD @ head_VD.T).float()
-    if uniform_B is None:
-        tokens_B, temperature = logits_BV.argmax(-1), 1.0
-        lse_B = logits_BV.logsumexp(-1)
-    else:
-        lse_B = logits_BV.div_(temperature).logsumexp(-1)
-        p_BV = (logits_BV - lse_B[:, None]).exp_()
-        if top_p < 1:
-            p_BV = nucleus(p_BV, top_p)
-        cumulative = p_BV.cumsum(-1)
-        wanted = uniform_B[:, None] * cumulative[:, -1:]
-        tokens_B = torch.searchsorted(cumulative, wanted, right=True).squeeze(1).clamp(max=p_BV.shape[1] - 1)
-    rounded_B = logits_BV.gather(1, tokens_B[:, None]).squeeze(1)
-    return tokens_B, exact_logp(hidden_BD, head_VD, tokens_B, rounded_B, lse_B, temperature)
+    def _prefill_apart(self, batch: Sequence[_Group]) -> None:
+        """Compute prompts that stay apart from the rows that sample them."""
+        cache, tails = self.cache, [group.tokens[self.prefix :] for group in batch]
+        width = cache.lead + max(map(len, tails))
+        first = cache.enter_groups([Span(width, cache.lead + len(tail)) for tail in tails])
 
+        def keep(layer: int, keys: Tensor, values: Tensor) -> None:
+            assert cache.groups is not None
+            cache.groups.write(layer, first, cache.prompt, keys[..., -width:], values[..., -width:, :])
 
-def nucleus(p_BV: Tensor, top_p: float) -> Tensor:
-    """Keep the smallest set of tokens whose mass reaches `top_p` (Holtzman et al. 2020, arXiv 1904.09751)."""
-    ordered, index = p_BV.sort(-1, descending=True)
-    outside = ordered.cumsum(-1) - ordered >= top_p
-    return p_BV.masked_fill(torch.zeros_like(outside).scatter(1, index, outside), 0.0)
+        last_ND = prefill(self.weights, tails, self.common, keep)
+        for slot, group in enumerate(batch, first):
+            group.slot, group.hidden_D = slot, last_ND[slot - first]
+        self.slots += batch
 
+    def _enter_folded(self, batch: Sequence[_Group]) -> None:
+        """Compute prompts into the slots of the rows that enter now; rows left behind will compute theirs again."""
+        cache, tails = self.cache, [group.tokens[self.prefix :] for group in batch]
+        width = cache.lead + max(map(len, tails))
+        entering: list[tuple[int, Row]] = []
+        for place, group in enumerate(batch):
+            room = self.limit - len(self.rows) - len(entering)
+            entering += [(place, row) for row in self._take(group, room)]
+        first = cache.enter_rows(
+            [(-1, len(batch[place].tokens), Span(width, cache.lead + len(tails[place]))) for place, _ in entering]
+        )
+        source = torch.tensor([place for place, _ in entering], device=self.hidden_BD.device)
 
-def _noise(seeds: Sequence[int], n: int, max_tokens: int) -> Tensor:
-    """Uniform numbers [rows, max_tokens]; row (prompt, k) has its own stream."""
-    generator = torch.Generator()
-    streams = []
-    for seed in seeds:
-        for sample in range(n):
-            generator.manual_seed((seed * 1_000_003 + sample) % (1 << 63))
-            streams.append(torch.rand(max_tokens, generator=generator))
-    return torch.stack(streams)
+        def keep(layer: int, keys: Tensor, values: Tensor) -> None:
+            keys, values = keys[..., -width:], values[..., -width:, :]
+            if len(source) > len(batch):
+                keys, values = keys.index_select(0, source), values.index_select(0, source)
+            cache.own.write(layer, first, cache.own_prompt, keys, values)
+
+        last_ND = prefill(self.weights, tails, self.common, keep)
+        self._start([(batch[place], row) for place, row in entering], last_ND[source])
+
+    def _take(self, group: _Group, room: int) -> list[Row]:
+        """Take up to `room` waiting rows of the group at the front."""
+        rows = [group.waiting.popleft() for _ in range(min(room, len(group.waiting)))]
+        if not group.waiting:
+            self.waiting.popleft()
+        return rows
+
+    def _start(self, entering: Sequence[tuple[_Group, Row]], hidden_BD: Tensor) -> None:
+        """Put rows behind those in flight; the cache has them already."""
+        for group, row in entering:
+            group.alive += 1
+            self.groups.append(group)
+            self.rows.append(row)
+            self.noise.append(self._noise(row))
+        self.hidden_BD = torch.cat((self.hidden_BD, hidden_BD))
+
+    def _noise(self, row: Row) -> list[float]:
+        """The row's own uniform numbers, one a token."""
+        if self.sampling.temperature == 0:
+            return []
+        self._generator.manual_seed((self.seeds[row.prompt] * 1_000_003 + row.sample) % (1 << 63))
+        drawn: list[float] = torch.rand(self.sampling.max_tokens, generator=self._generator).tolist()
+        return drawn
+
+    def _leave(self, slots: Sequence[int]) -> list[Row]:
+        """Remove rows, and groups whose last row that was; the places that become free are filled from the end."""
+        ended = [self.rows[slot] for slot in slots]
+        left = [self.groups[slot] for slot in slots]
+        for group in left:
+            group.alive -= 1
+        moves = self.cache.leave_rows(slots) if slots else []
+        for column in (self.rows, self.groups, self.noise, self.tokens):
+            for source, target in moves:
+                column[target] = column[source]  # type: ignore[index]
+            del column[len(column) - len(slots) :]  # type: ignore[attr-defined]
+        for group in left:
+            if group.slot >= 0 and not group.alive and not group.waiting:
+                self.cache.leave_group(group.slot)
+                last = self.slots.pop()
+                if last is not group:
+                    self.slots[group.slot], last.slot = last, group.slot
+                group.slot = -1
+        return ended

@@ -206,7 +206,7 @@ def test_a_failed_answer_is_no_answer() -> None:
     class Broken:
         model = "broken"
 
-        def generate(self, prompts: object, sampling: object, on_done: object = None) -> list[list[Completion]]:
+        def generate(self, prompts: object, sampling: object, *hearers: object) -> list[list[Completion]]:
             return [[Completion(text="", error="timeout")]]
 
     with pytest.raises(Unavailable, match="timeout"):

@@ -113,8 +113,8 @@ def test_rewards_rise(use_case: Path, tmp_path: Path, started: tuple[Path, int],
     if name == "dapo":
         assert ends(tmp_path / name, "completion_tokens")[1] < 5
     if name == "ppo":
-        early, late = ends(tmp_path / name, "value_loss")
-        assert late < early, "the critic learns too"
+        early, late = ends(tmp_path / name, "value_missed")
+        assert late < 0.8 * early < 0.8, "the critic learns too: of the second moment of the returns it misses less"
 
 
 def test_on_policy_distillation_closes_on_its_teacher(use_case: Path, tmp_path: Path) -> None:

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from ascent.evaluate.suite import Attempt, single_turn
-from ascent.inference.engine import Engine, Sampling
+from ascent.evaluate.suite import Attempt, episode_of
+from ascent.inference.engine import Completion, Engine, Prompt, Sampling
 from ascent.records import Episode, Task
 
 
@@ -24,6 +24,10 @@ class Attempts:
     refilled: int = 0
 
 
+OnGroup = Callable[[int, Attempts], None]
+"""Gets a task's place and its episodes as soon as they have all ended, while those of others go on."""
+
+
 class Harness(Protocol):
     """Anything that turns tasks into episodes."""
 
@@ -33,6 +37,7 @@ class Harness(Protocol):
         tasks: Sequence[Task],
         sampling: Sampling,
         on_done: Callable[[int], None] | None = None,
+        on_group: OnGroup | None = None,
     ) -> list[Attempts]:
         """Return `sampling.n` episodes per task, in task order; `on_done` hears of each finished one."""
         ...
@@ -47,12 +52,20 @@ class SingleTurn:
         tasks: Sequence[Task],
         sampling: Sampling,
         on_done: Callable[[int], None] | None = None,
+        on_group: OnGroup | None = None,
     ) -> list[Attempts]:
         """Sample every task in one call of the engine; an answer that the engine failed to give is lost."""
-        return [
-            Attempts(tuple(group), lost=sum(episode.error is not None for episode in group))
-            for group in single_turn(engine)(tasks, sampling, on_done)
-        ]
+
+        def attempts(index: int, completions: Sequence[Completion]) -> Attempts:
+            group = tuple(episode_of(tasks[index], c, engine.model, sample) for sample, c in enumerate(completions))
+            return Attempts(group, lost=sum(episode.error is not None for episode in group))
+
+        def tell(index: int, completions: list[Completion]) -> None:
+            if on_group is not None:
+                on_group(index, attempts(index, completions))
+
+        answers = engine.generate([Prompt(task.messages) for task in tasks], sampling, on_done, tell)
+        return [attempts(index, completions) for index, completions in enumerate(answers)]
 
 
 def attempt_with(harness: Harness, engine: Engine) -> Attempt:

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from ascent.customize.agentic.harness import Attempts
+from ascent.customize.agentic.harness import Attempts, OnGroup
 from ascent.customize.agentic.processes import Answer, Lost, Processes, Question, Seat
 from ascent.evaluate.graders import as_score
 from ascent.inference.engine import Completion, Engine, Prompt, Sampling
@@ -92,6 +92,7 @@ class MultiTurn:
         tasks: Sequence[Task],
         sampling: Sampling,
         on_done: Callable[[int], None] | None = None,
+        on_group: OnGroup | None = None,
     ) -> list[Attempts]:
         """Return `sampling.n` episodes per task, in task order."""
         slots, seen = [], dict.fromkeys((task.id for task in tasks), 0)
@@ -99,28 +100,36 @@ class MultiTurn:
             occurrence = seen[task.id]  # a task drawn twice in one call is two groups
             seen[task.id] += 1
             slots += [_Slot(task, sample, f"{sampling.seed}:{task.id}:{occurrence}") for sample in range(sampling.n)]
+        groups = [slots[begin : begin + sampling.n] for begin in range(0, len(slots), sampling.n)]
+        found: dict[int, Attempts] = {}
+
+        def settle() -> None:
+            for index in range(len(groups)):
+                if index not in found and all(slot.ended and not self._again(slot) for slot in groups[index]):
+                    found[index] = _attempts(groups[index], engine.model)
+                    if on_group is not None:
+                        on_group(index, found[index])
+
         try:
             for begin in range(0, len(slots), self.at_once):
-                self._run(engine, slots[begin : begin + self.at_once], replace(sampling, n=1), on_done)
+                self._run(engine, slots[begin : begin + self.at_once], replace(sampling, n=1), on_done, settle)
         finally:
             for slot in slots:
                 if slot.seat is not None:
                     self._processes.end(slot.seat)
-        groups = [slots[begin : begin + sampling.n] for begin in range(0, len(slots), sampling.n)]
-        return [
-            Attempts(
-                tuple(slot.episode(engine.model) for slot in group),
-                lost=sum(slot.lost for slot in group),
-                refilled=sum(slot.lost > 0 and slot.error is None for slot in group),
-            )
-            for group in groups
-        ]
+        return [found[index] for index in range(len(groups))]
 
     def _run(
-        self, engine: Engine, slots: Sequence[_Slot], sampling: Sampling, on_done: Callable[[int], None] | None
+        self,
+        engine: Engine,
+        slots: Sequence[_Slot],
+        sampling: Sampling,
+        on_done: Callable[[int], None] | None,
+        settle: Callable[[], None],
     ) -> None:
         live = self._reset(slots)
         finished = len(slots) - len(live)
+        settle()
         while live or finished:
             if on_done is not None and finished:
                 on_done(finished)
@@ -135,6 +144,7 @@ class MultiTurn:
             self._vacate(ended)
             left = [slot for slot in live if not slot.ended] + self._reset([s for s in ended if self._again(s)])
             live, finished = left, len(live) - len(left)
+            settle()
 
     def _again(self, slot: _Slot) -> bool:
         return slot.error is not None and slot.lost <= self.refills
@@ -157,6 +167,14 @@ class MultiTurn:
             if slot.seat is not None:
                 self._processes.end(slot.seat)
                 slot.seat = None
+
+
+def _attempts(slots: Sequence[_Slot], model: str) -> Attempts:
+    return Attempts(
+        tuple(slot.episode(model) for slot in slots),
+        lost=sum(slot.lost for slot in slots),
+        refilled=sum(slot.lost > 0 and slot.error is None for slot in slots),
+    )
 
 
 @dataclass

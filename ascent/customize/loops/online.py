@@ -11,8 +11,10 @@ from torch import Tensor
 
 from ascent.customize import parallel
 from ascent.customize.batch import TokenBatch, TrainSequence, micro_batches
+from ascent.customize.loops.ahead import Rollout, Rollouts
 from ascent.customize.loops.credit import Annotate, Annotated, credit
-from ascent.customize.objectives.losses import objective
+from ascent.customize.objectives.losses import Objective, objective
+from ascent.customize.objectives.ratio import mismatch
 from ascent.customize.objectives.rows import OnlineRow
 from ascent.customize.order import items_at
 from ascent.customize.policy import Policy, per_target, teacher_logps
@@ -24,7 +26,7 @@ from ascent.inference.engine import Sampling
 from ascent.inference.engines.torch import TorchEngine
 from ascent.inference.lora import policy_hash
 from ascent.records import Task
-from ascent.records.errors import AscentError
+from ascent.records.errors import AscentError, BadInput
 
 EMPTY_STEPS = 3  # this many steps without one informative group end the run: there is nothing left to learn from
 
@@ -71,14 +73,38 @@ def train_online(
     """
     loss = objective(row)
     annotate = annotator(trainer.policy, row, token_budget, settings.temperature)
+    if row.lookahead and parallel.width() > 1:
+        raise BadInput(f"row {row.name}, axis lookahead: sampling ahead goes with one process; set --processes to 1")
+
+    def synchronise() -> None:
+        engine.synchronise(trainer.policy.decoder)
+        require_current(engine, trainer)
+
+    def collect() -> Rollout:
+        return collect_groups(row, tasks, shared(sample), run, settings, seed)
+
+    rollouts = Rollouts(collect, synchronise, run, ahead=row.lookahead > 0)
+    with rollouts:
+        _train(trainer, row, rollouts, run, settings, loss, annotate, token_budget)
+
+
+def _train(
+    trainer: Trainer,
+    row: OnlineRow,
+    rollouts: Rollouts,
+    run: TrainingRun,
+    settings: OnlineSettings,
+    loss: Objective,
+    annotate: Annotate,
+    token_budget: int,
+) -> None:
+    """Update on rollout after rollout."""
     chunks: list[list[TrainSequence]] = []
     facts: dict[str, float] = {}
     for step in run.steps(trainer):
         fresh = step % settings.minibatches == 0 or not chunks
         if fresh:
-            engine.synchronise(trainer.policy.decoder)
-            require_current(engine, trainer)
-            groups, facts = collect_groups(row, tasks, shared(sample), run, settings, seed)
+            groups, facts = rollouts.next(last=step + settings.minibatches >= trainer.total_steps)
             _note_empty(run, row.teacher or any(group.informative for group in groups))
             _note_divergence(run, facts)
             chunks = credit(
@@ -87,7 +113,7 @@ def train_online(
                 max_tokens=settings.max_tokens * settings.max_turns,
                 minibatches=settings.minibatches,
                 overlong_cache=settings.overlong_cache,
-                annotate=annotate,
+                annotate=_noting(annotate, facts),
             )
         batch = chunks.pop(0)
         metrics = trainer.update(
@@ -99,6 +125,18 @@ def train_online(
         if fresh and row.correction == "none":
             facts["mismatch_kl"] = metrics.get("approx_kl", math.nan)
         run.log(step, trainer.total_steps, sum(len(seq.token_ids) for seq in batch), {**facts, **metrics})
+
+
+def _noting(annotate: Annotate, facts: dict[str, float]) -> Annotate:
+    """Let an annotation also note how far sampler and trainer are apart, where the trainer's log-probs are asked."""
+
+    def noted(sequences: Sequence[TrainSequence]) -> Annotated:
+        said = annotate(sequences)
+        if said.trainer:
+            facts["mismatch_kl"] = mismatch(said.trainer, [seq.old_logps for seq in sequences])
+        return said
+
+    return noted
 
 
 def shared(sample: Sample) -> Sample:

@@ -116,6 +116,8 @@ def online_loss(scored: Scored, batch: TokenBatch, row: OnlineRow) -> LossOut:
         value_loss = clipped_value_loss(scored.head, batch, row)
         loss = loss + row.value[1] * (weight * value_loss).sum()
         metrics["value_loss"] = (value_loss.detach().sum(), count)
+        missed = (scored.head.detach() - batch.return_M).square().sum()
+        metrics["value_missed"] = (missed, batch.return_M.square().sum())  # 1 for a critic that says 0 of everything
     return LossOut(loss, metrics)
 
 

@@ -48,6 +48,16 @@ def pool(logp_M: Tensor, old_M: Tensor, advantage_M: Tensor, batch: TokenBatch, 
     return mean.detach() + logp_M - logp_M.detach() if row.ratio == "sequence_token" else mean
 
 
+def mismatch(trainer: Sequence[Sequence[float]], sampler: Sequence[float | Sequence[float]]) -> float:
+    """Mean of k3 = e^{s−t} − (s − t) − 1 over tokens, the sampler's log-prob s and the trainer's t; NaN without any."""
+    terms = []
+    for ours, theirs in zip(trainer, sampler, strict=True):
+        assert isinstance(theirs, Sequence)
+        gaps = [s - t for t, s in zip(ours, theirs, strict=True) if not math.isnan(s)]
+        terms += [math.expm1(min(gap, 20.0)) - gap for gap in gaps]
+    return sum(terms) / len(terms) if terms else math.nan
+
+
 def corrections(trainer: Sequence[float], sampler: Sequence[float], row: OnlineRow) -> list[float]:
     """Weights c_t of one sequence that correct for a sampler whose log-probs are not the trainer's.
 

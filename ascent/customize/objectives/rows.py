@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -55,7 +55,7 @@ class SupervisedRow:
     divergence: Literal["none", "forward", "reverse", "jsd"] = "none"
     beta: float = 0.5
     corpus: bool = False
-    kind: Kind = "supervised"
+    kind: ClassVar[Kind] = "supervised"
 
     def __post_init__(self) -> None:
         if not 0 < self.beta < 1:
@@ -105,7 +105,7 @@ class PreferenceRow:
     desirable: float = 1.0
     undesirable: float = 1.0
     centring: float = 0.0
-    kind: Kind = "preference"
+    kind: ClassVar[Kind] = "preference"
 
     def __post_init__(self) -> None:
         if self.beta <= 0 or self.temperature <= 0:
@@ -154,6 +154,7 @@ class OnlineRow:
         correction_bounds: the interval of the correction; null for its usual one.
         gae: discount γ and trace λ of the critic's advantages.
         value: clip range c and weight of the critic's loss.
+        lookahead: rollouts that are sampled ahead while the policy trains; 1 is one step off the policy.
     """
 
     name: str
@@ -175,7 +176,8 @@ class OnlineRow:
     correction_bounds: tuple[float, float] | None = None
     gae: tuple[float, float] = (1.0, 0.95)
     value: tuple[float, float] = (0.2, 0.1)
-    kind: Kind = "online"
+    lookahead: Literal[0, 1] = 0
+    kind: ClassVar[Kind] = "online"
 
     def __post_init__(self) -> None:
         if self.critic and self.returns != "to_go":
@@ -192,6 +194,8 @@ class OnlineRow:
             raise ValueError("the ratio 'geometric' is clipped already; it goes with the surrogate 'plain'")
         if self.scale == "group_mean" and self.baseline != "group_mean":
             raise ValueError("scale 'group_mean' divides what baseline 'group_mean' has centred")
+        if self.lookahead and self.correction == "none":
+            raise ValueError("rollouts sampled ahead are stale; set correction to 'truncate' or a mask")
         if min(self.kl, self.reward_kl, self.entropy) < 0:
             raise ValueError("kl, reward_kl and entropy cannot be negative")
 

@@ -30,6 +30,7 @@ class ScriptedEngine:
         prompts: Sequence[Prompt],
         sampling: Sampling,
         on_done: Callable[[int], None] | None = None,
+        on_group: Callable[[int, list[Completion]], None] | None = None,
     ) -> list[list[Completion]]:
         """Return `sampling.n` answers per prompt.
 
@@ -37,7 +38,7 @@ class ScriptedEngine:
             BadInput: the script has no answer to a prompt.
         """
         found = []
-        for prompt in prompts:
+        for index, prompt in enumerate(prompts):
             answers = self._answers(prompt)
             group = []
             for sample in range(sampling.n):
@@ -45,6 +46,8 @@ class ScriptedEngine:
                 if on_done is not None:
                     on_done(1)
             found.append(group)
+            if on_group is not None:
+                on_group(index, group)
         return found
 
     def _answers(self, prompt: Prompt) -> Sequence[str]:

@@ -13,10 +13,12 @@ from ascent.inference.decoder import Decoder, load_decoder
 from ascent.inference.engine import Completion, Prompt, Sampling
 from ascent.inference.lora import policy_hash
 from ascent.inference.sampler import Ending, Row, sample_rows
+from ascent.inference.sampling.weights import Packed
 from ascent.records import FinishReason
 from ascent.records.errors import BadInput
 
 ROWS_IN_FLIGHT = 128
+SPARE_TOKENS = 8  # a stop string has at most one token a byte; these more may be markers that decode to nothing
 
 
 class TorchEngine:
@@ -28,6 +30,7 @@ class TorchEngine:
         self.decoder, self.renderer, self.model = decoder, renderer, model
         self.rows_in_flight = rows_in_flight
         self.policy = ""
+        self._packed = Packed()
 
     @classmethod
     def load(cls, folder: Path, model: str, dtype: torch.dtype = torch.bfloat16) -> TorchEngine:
@@ -39,8 +42,13 @@ class TorchEngine:
         prompts: Sequence[Prompt],
         sampling: Sampling,
         on_done: Callable[[int], None] | None = None,
+        on_group: Callable[[int, list[Completion]], None] | None = None,
     ) -> list[list[Completion]]:
-        """Sample. Raises `BadInput` when a fresh prompt and `max_tokens` together exceed the model's context."""
+        """Sample; `on_group` gets the place of a prompt and its completions while others are still sampled.
+
+        Raises:
+            BadInput: a fresh prompt and `max_tokens` together exceed the model's context.
+        """
         ids = [self.renderer.tokens_of(prompt) for prompt in prompts]
         room = [len(tokens) + sampling.max_tokens <= self.decoder.config.context for tokens in ids]
         for index, (prompt, fits) in enumerate(zip(prompts, room, strict=True)):
@@ -50,11 +58,20 @@ class TorchEngine:
                     f"they exceed the context of {self.decoder.config.context}. Shorten the prompt or lower max_tokens"
                 )
         fitting = [index for index, fits in enumerate(room) if fits]
-        sampled = self._sample(prompts, ids, fitting, sampling, on_done)
-        if on_done is not None and len(fitting) < len(prompts):
-            on_done(sampling.n * (len(prompts) - len(fitting)))
-        full = [Completion("", finish=FinishReason.length, prompt_ids=tuple(tokens)) for tokens in ids]
-        return [sampled.get(index, [full[index]] * sampling.n) for index in range(len(prompts))]
+        done: dict[int, list[Completion]] = {}
+
+        def finish(index: int, completions: list[Completion]) -> None:
+            done[index] = completions
+            if on_group is not None:
+                on_group(index, completions)
+
+        for index in sorted(set(range(len(prompts))) - set(fitting)):
+            full = Completion("", finish=FinishReason.length, prompt_ids=tuple(ids[index]))
+            finish(index, [full] * sampling.n)
+            if on_done is not None:
+                on_done(sampling.n)
+        self._sample(prompts, ids, fitting, sampling, on_done, finish)
+        return [done[index] for index in range(len(prompts))]
 
     def _sample(
         self,
@@ -63,24 +80,27 @@ class TorchEngine:
         fitting: Sequence[int],
         sampling: Sampling,
         on_done: Callable[[int], None] | None,
-    ) -> dict[int, list[Completion]]:
-        """Sample the prompts at the `fitting` places; the result is keyed by place."""
+        finish: Callable[[int, list[Completion]], None],
+    ) -> None:
+        """Sample the prompts at the `fitting` places and hand each one's completions to `finish`."""
         if not fitting:
-            return {}
-        stopped = (lambda tokens: self._cut(tokens, sampling.stop) is not None) if sampling.stop else None
-        rows = sample_rows(
+            return
+
+        def on_group(place: int, rows: list[Row]) -> None:
+            index = fitting[place]
+            finish(index, [self._completion(row, ids[index], sampling) for row in rows])
+
+        sample_rows(
             self.decoder,
             [ids[index] for index in fitting],
             sampling,
-            Ending(frozenset(self.renderer.end_ids), stopped),
+            Ending(frozenset(self.renderer.end_ids), self._stopper(sampling.stop)),
             seeds=[_seed_of(prompts[index], sampling.seed, ids[index], index) for index in fitting],
             rows_in_flight=self.rows_in_flight,
             on_done=on_done,
+            on_group=on_group,
+            packed=self._packed,
         )
-        return {
-            index: [self._completion(row, ids[index], sampling) for row in group]
-            for index, group in zip(fitting, rows, strict=True)
-        }
 
     def synchronise(self, trained: Decoder) -> str:
         """Copy the trained policy (base + adapter, merged) into this sampling copy and return its hash."""
@@ -108,6 +128,13 @@ class TorchEngine:
             finish=finish,
             prompt_ids=tuple(prompt_ids),
         )
+
+    def _stopper(self, stop: tuple[str, ...]) -> Callable[[list[int]], bool] | None:
+        """What says whether a stop string has just been completed, from the last tokens that can hold one."""
+        if not stop:
+            return None
+        reach = max(len(word.encode()) for word in stop) + SPARE_TOKENS
+        return lambda tokens: self._cut(tokens[-reach:], stop) is not None
 
     def _cut(self, tokens: list[int], stop: tuple[str, ...]) -> str | None:
         """Return the text before the first stop string, or None when there is none."""
