@@ -10,9 +10,9 @@ help:
 	@echo "make test         the tests that take seconds"
 	@echo "make test-all     all tests"
 	@echo "make check        lint, format, types, import contracts, budgets"
-	@echo "make bench        speed beside transformers and peft; ratios of mixtures of experts"
+	@echo "make bench        speed and memory beside TRL, transformers and vLLM (about an hour); ratios of mixtures of experts"
 	@echo "make docs         write the generated pages under docs/ again"
-	@echo "make clean        remove .venv and caches; models and runs stay"
+	@echo "make clean        remove .venv, peers' environments and caches; models and runs stay"
 
 # Installed again only when pyproject.toml changed.
 .venv/.user: pyproject.toml
@@ -43,12 +43,13 @@ check: .venv/.dev
 	$(BIN)/python -m pytest tests/house
 
 bench: .venv/.dev
-	$(BIN)/python benchmarks/engine.py --json benchmarks/engine.json
+	$(BIN)/python benchmarks/bench.py
+	$(BIN)/python docs/generate.py
 	$(BIN)/python benchmarks/moe.py --json benchmarks/moe.json
 
 docs: .venv/.dev
 	$(BIN)/python docs/generate.py
 
 clean:
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .venv benchmarks/.envs .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

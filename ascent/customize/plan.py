@@ -23,7 +23,7 @@ import psutil
 import torch
 from pydantic import Field
 
-from ascent.customize.arithmetic import Packed, Shapes, Work, pack
+from ascent.customize.arithmetic import Packed, Shapes, Work
 from ascent.customize.policy import DTYPES
 from ascent.customize.recipes import OnlineRecipe, Recipe, SupervisedRecipe
 from ascent.customize.train import TrainingData
@@ -120,11 +120,11 @@ class Outcome(Record):
 
 @dataclass(frozen=True)
 class Frozen:
-    """A model that a run loads beside the policy; `head` tells whether it scores tokens."""
+    """A model that a run loads beside the policy; `log_probs` tells whether it scores tokens, and not only states."""
 
     name: str
     shapes: Shapes
-    head: bool
+    log_probs: bool
 
 
 def plan(
@@ -286,15 +286,17 @@ def _works(recipe: Recipe, shapes: Shapes, others: Sequence[Frozen], load: Workl
             parts["forward and backward"] += shapes.forward(batch) + shapes.backward(batch)
             parts["reference"] += _scored(shapes, batch) * passes
             for other in others:
-                parts["reference"] += _scored(other.shapes, batch) if other.head else other.shapes.forward(batch)
-            if not _headless(row):
-                times = 2 if row.kind == "supervised" and row.teacher else 1  # log-probs, and the divergence
-                parts["head"] += shapes.head(batch.heads, backward=True, entropy=online) * times
+                parts["reference"] += _scored(other.shapes, batch) if other.log_probs else _read(other.shapes, batch)
+            if _headless(row):
+                continue
+            bonus = online and row.entropy > 0
+            parts["head"] += shapes.head(batch.rows, backward=True, entropy=online, bonus=bonus)
+            if row.kind == "supervised" and row.teacher:
+                parts["head"] += shapes.divergence(batch.predictions, others[0].shapes)
         parts["optimiser"] += shapes.update()
     parts = {part: work * (load.steps / len(load.batches)) for part, work in parts.items()}
-    if row.kind == "preference" and row.reference:
-        for batch in pack([(sequence,) for unit in load.units for sequence in unit], recipe.token_budget):
-            parts["reference"] += _scored(shapes, batch)
+    for batch in load.scored:
+        parts["reference"] += _scored(shapes, batch) * load.rows_each
     if isinstance(recipe, OnlineRecipe):
         mean = round(sum(load.prompts) / len(load.prompts))
         fill, decode = shapes.sampling(
@@ -310,8 +312,13 @@ def _works(recipe: Recipe, shapes: Shapes, others: Sequence[Frozen], load: Workl
 
 
 def _scored(shapes: Shapes, batch: Packed) -> Work:
-    """One pass without gradients: log-probs of the targets."""
-    return shapes.forward(batch) + shapes.head(batch.heads, backward=False)
+    """One pass of a frozen model: log-probs of the targets."""
+    return _read(shapes, batch) + shapes.head(batch.rows, backward=False)
+
+
+def _read(shapes: Shapes, batch: Packed) -> Work:
+    """One pass of a frozen model: hidden states."""
+    return shapes.forward(batch, trains=False)
 
 
 def _headless(row: Any) -> bool:
@@ -333,8 +340,11 @@ def _others(recipe: Recipe, store: Store, size: int) -> list[Frozen]:
         if recipe.reward.model is not None:
             found.append(("reward model", recipe.reward.model, False))
     elif isinstance(recipe, SupervisedRecipe) and recipe.teacher is not None and getattr(recipe.row, "teacher", False):
-        found.append(("teacher", store.resolve(recipe.teacher.model), True))
-    return [Frozen(name, Shapes(DecoderConfig.from_folder(place), FROZEN, size), head) for name, place, head in found]
+        found.append(("teacher", store.resolve(recipe.teacher.model), False))
+    return [
+        Frozen(name, Shapes(DecoderConfig.from_folder(place), FROZEN, size), log_probs)
+        for name, place, log_probs in found
+    ]
 
 
 def _memory(recipe: Recipe, shapes: Shapes, others: Sequence[Frozen], load: Workload) -> dict[str, int]:
@@ -346,19 +356,20 @@ def _memory(recipe: Recipe, shapes: Shapes, others: Sequence[Frozen], load: Work
         "adapter": trainable * 4 if shapes.adapter else 0,
         "optimiser moments": trainable * 8,
         "reference copy": 0 if shapes.adapter else shapes.parameters * size,
-        "sampling copy": shapes.parameters * size if load.prompts else 0,
+        "sampling copy": (shapes.parameters + shapes.repacked) * size if load.prompts else 0,
         **{other.name: other.shapes.parameters * size for other in others},
     }
     batches = [batch for step in load.batches for batch in step]
-    head = 0 if _headless(recipe.row) else max(shapes.head_held(batch.heads) for batch in batches)
-    activations = max(shapes.kept(batch) for batch in batches)
+    in_pass = [(shapes.kept(batch), 0 if _headless(recipe.row) else shapes.head_held(batch)) for batch in batches]
+    activations, head = max(in_pass, key=sum)
     passing = {
         "update": {"gradients": trainable * 4, "activations": activations, "head": head},
         "optimiser": {"gradients": trainable * 4, "optimiser buffers": trainable * 4},
         "saving": {"copy while saving": shapes.weights},
     }
     if isinstance(recipe, OnlineRecipe):
-        caches = shapes.caches(load.prompts, load.shared, recipe.group_size, answer_tokens(recipe), ROWS_IN_FLIGHT)
+        longest = sorted(load.prompts)[-recipe.prompts_per_step :]
+        caches = shapes.caches(longest, load.shared, recipe.group_size, answer_tokens(recipe), ROWS_IN_FLIGHT)
         passing["sampling"] = {"sampling caches": caches}
     largest = max(passing.values(), key=lambda parts: sum(parts.values()))
     largest["allocator"] = int(HEAP * sum(largest.values()))

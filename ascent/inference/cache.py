@@ -295,7 +295,8 @@ def _seen(spans: Sequence[Span], places: int, device: torch.device) -> Tensor:
     """Which places of the prompts' part hold something [spans, places]."""
     before_end = torch.arange(places, 0, -1, device=device)
     width, used = torch.tensor([[span.width, span.used] for span in spans], device=device).T[..., None]
-    return (before_end <= width) & (before_end > width - used)
+    seen: Tensor = (before_end <= width) & (before_end > width - used)
+    return seen
 
 
 def _bias(seen: Tensor, rows: int, config: DecoderConfig, like: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import itertools
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -272,9 +273,7 @@ class _Flying:
             group.alive -= 1
         moves = self.cache.leave_rows(slots) if slots else []
         for column in (self.rows, self.groups, self.noise, self.tokens):
-            for source, target in moves:
-                column[target] = column[source]  # type: ignore[index]
-            del column[len(column) - len(slots) :]  # type: ignore[attr-defined]
+            _move(column, moves, len(slots))
         for group in left:
             if group.slot >= 0 and not group.alive and not group.waiting:
                 self.cache.leave_group(group.slot)
@@ -283,3 +282,10 @@ class _Flying:
                     self.slots[group.slot], last.slot = last, group.slot
                 group.slot = -1
         return ended
+
+
+def _move(column: list[Any], moves: Sequence[tuple[int, int]], gone: int) -> None:
+    """Carry out moves (from, to) in a list that then ends `gone` places earlier."""
+    for source, target in moves:
+        column[target] = column[source]
+    del column[len(column) - gone :]

@@ -2,37 +2,50 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import random
 import sys
+import weakref
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from laws.helpers import random_sequence, run_recipe
+from laws.helpers import run_recipe
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from ascent.cli.train import training_data
 from ascent.customize import workload
-from ascent.customize.arithmetic import Packed, Shapes, pack
-from ascent.customize.batch import TrainSequence, collate, micro_batches
+from ascent.customize.arithmetic import Packed, Shapes
+from ascent.customize.batch import TokenBatch, TrainSequence, collate
 from ascent.customize.objectives.losses import objective
 from ascent.customize.objectives.rows import row_named
+from ascent.customize.order import items_at
 from ascent.customize.plan import PLAN, Outcome, Plan, Rates, machine_rates, plan, record_outcome
-from ascent.customize.policy import Policy
+from ascent.customize.policy import DTYPES, Policy
 from ascent.customize.recipes import Recipe, SupervisedRecipe, load_recipe
 from ascent.customize.train import TrainingData, train
 from ascent.customize.trainer import Optim, Trainer
-from ascent.inference.lora import LoraConfig
+from ascent.inference import cache, sampler
+from ascent.inference.cache import Cache
+from ascent.inference.chat import Renderer
+from ascent.inference.decoder import Decoder, DecoderConfig
+from ascent.inference.engine import Sampling
+from ascent.inference.head import Distance, divergence
+from ascent.inference.lora import LoraConfig, merge
 from ascent.inference.store import Store
+from ascent.inference.tree import Tree, fold
 from ascent.records import Message, RunCard, Task
 from ascent.records.errors import BadInput
 
 ADAPTERS = {"lora": LoraConfig(4, 8.0), "some": LoraConfig(3, 3.0, ("q_proj", "v_proj", "down_proj")), "full": None}
 RATES = Rates(machine="test", threads=1, bf16=4e11, fp32=1e11, copy_rate=1e10, fresh=1e9, measured="2026-01-01")
 SIZES = {"bf16": 2, "fp32": 4}
+TREES = ("flat", "tree")
 
 
 @pytest.fixture
@@ -77,14 +90,39 @@ def test_a_large_file_is_estimated_from_a_sample(use_case: Path, store: Store, m
     assert guess.tokens == pytest.approx(exact.tokens, rel=0.05)
 
 
-@pytest.mark.parametrize("budget", [1, 40, 100, 10_000])
-def test_micro_batches_are_laid_out_as_the_trainer_does(budget: int) -> None:
-    dice = random.Random(budget)
-    units = [[random_sequence(dice) for _ in range(dice.choice((1, 2)))] for _ in range(40)]
-    laid = pack([tuple((len(s.token_ids), s.targets) for s in unit) for unit in units], budget)
-    made = micro_batches(units, budget)
-    assert [batch.lengths for batch in laid] == [tuple(batch.lengths) for batch in made]
-    assert [batch.targets for batch in laid] == [len(batch.at_M) for batch in made]
+@pytest.mark.parametrize("name", ["sft", "dpo", "rpo_relative", "kto"])
+def test_micro_batches_are_those_of_the_run(
+    use_case: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Whatever the trainer is given in each step, tree by tree."""
+    trained: list[list[Packed]] = []
+    update = Trainer.update
+
+    def noted(self: Trainer, batches: list[TokenBatch], *args: Any, **options: Any) -> dict[str, float]:
+        trained.append([Packed.of(batch) for batch in batches])
+        return update(self, batches, *args, **options)
+
+    monkeypatch.setattr(Trainer, "update", noted)
+    run_recipe(use_case, name, tmp_path / "run")
+    recipe = load_recipe(use_case / f"{name}.yaml")
+    load = workload.workload_of(recipe, training_data(recipe), Renderer(Path(recipe.model)), 256)
+    assert load.batches == trained
+    folded = any(len(set(batch.tree.parents)) > 1 for step in trained for batch in step)
+    assert folded == (name in ("dpo", "rpo_relative"))
+
+
+def test_samples_of_a_prompt_are_planned_with_their_prompt_once(use_case: Path) -> None:
+    """Three prompts have four samples of 8 tokens, half of which make a step: its tree holds each prompt once."""
+    recipe = load_recipe(use_case / "grpo.yaml").model_copy(update={"token_budget": 10_000})
+    data, renderer = training_data(recipe), Renderer(Path(recipe.model))
+    load = workload.workload_of(recipe, data, renderer, 256)
+    prompts = [renderer.prompt_ids(task.messages) for task in data.tasks]
+    for step, batches in enumerate(load.batches):
+        drawn = [prompts[i] for i in items_at(3 * (step // 2), 3, len(prompts), recipe.seed)]
+        (batch,) = batches
+        assert batch.tree.nodes == fold(drawn)[0].nodes + 6 * 8
+        assert batch.predictions == 6 * 8
+    assert load.tokens == 4 * sum(len(prompts[i]) + 8 for i in items_at(0, 18, 16, recipe.seed))
 
 
 def test_what_cannot_be_trained_on_cannot_be_planned(use_case: Path, store: Store) -> None:
@@ -98,6 +136,22 @@ def test_what_cannot_be_trained_on_cannot_be_planned(use_case: Path, store: Stor
     task = Task(id="1", messages=long[:1])
     with pytest.raises(BadInput, match="exceed the context of 256"):
         plan(online, Path(online.model), TrainingData(tasks=[task]), rates=RATES, store=store)
+
+
+def tree_of(name: str) -> TokenBatch:
+    """Sequences without a common token, or groups of answers to long prompts with turns that go on; of some a tile's
+    scores exceed the cache."""
+    fresh = itertools.count(1)
+    if name == "flat":
+        parts = [[n] for n in (96, 90, 17)]
+    else:
+        prompt, turn = (list(itertools.islice(fresh, n)) for n in (130, 40))
+        parts = [[prompt, 20], [prompt, 25], [prompt, turn, 30], [prompt, turn, 900], [prompt, turn], [44]]
+    sequences = []
+    for stretches in parts:
+        ids = [i for part in stretches for i in (part if isinstance(part, list) else itertools.islice(fresh, part))]
+        sequences.append(TrainSequence(tuple(i % 300 for i in ids), (False, *[True] * (len(ids) - 1))))
+    return collate(sequences)
 
 
 # ── bytes ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -118,15 +172,13 @@ def test_weights_and_moments_are_those_of_the_tensors(tiny_model: Path, name: st
     assert 8 * shapes.trainable == sum(t.numel() * t.element_size() for t in moments)
 
 
-@pytest.mark.parametrize("lengths", [(96, 90), (200, 170, 40)], ids=["short", "flash"])
+@pytest.mark.parametrize("shape", TREES)
 @pytest.mark.parametrize("precision", SIZES)
 @pytest.mark.parametrize("name", ADAPTERS)
-def test_activations_are_what_autograd_keeps(
-    tiny_model: Path, name: str, precision: str, lengths: tuple[int, ...]
-) -> None:
+def test_activations_are_what_autograd_keeps(tiny_model: Path, name: str, precision: str, shape: str) -> None:
     """The distinct storages that a forward pass saves for its backward pass, weights excepted, add up to `kept`.
 
-    What is not counted: masks and indices, and the first layer where the frozen base needs no gradient of its input.
+    What is not counted: indices, and the weights of norms in the compute type.
     """
     policy = Policy.load(tiny_model, precision, ADAPTERS[name])
     shapes = Shapes(policy.decoder.config, ADAPTERS[name], SIZES[precision])
@@ -141,10 +193,57 @@ def test_activations_are_what_autograd_keeps(
             saved[place.data_ptr()] = place.nbytes()
         return tensor
 
-    batch = collate([TrainSequence(tuple([7] * n), (False, *[True] * (n - 1))) for n in lengths])
+    batch = tree_of(shape)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        policy.decoder.hidden_packed(batch.tokens_T, batch.lengths)
-    assert shapes.kept(Packed(lengths, len(batch.at_M))) == pytest.approx(sum(saved.values()), rel=0.04)
+        policy.decoder.hidden_packed(batch.tokens_T, batch.tree)
+    assert shapes.kept(Packed.of(batch)) == pytest.approx(sum(saved.values()), rel=0.01)
+
+
+class Peak(TorchDispatchMode):
+    """Counts the bytes of the storages that operations make, as long as those live."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.known: set[int] = set()
+        self.live = self.most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(tensor, torch.Tensor) and not func.is_view:
+                self._note(tensor.untyped_storage())
+        self.most = max(self.most, self.live)
+        return result
+
+    def _note(self, place: torch.UntypedStorage) -> None:
+        if place._cdata not in self.known:
+            self.known.add(place._cdata)
+            self.live += place.nbytes()
+            weakref.finalize(place, self._forget, place._cdata, place.nbytes())
+
+    def _forget(self, name: int, size: int) -> None:
+        self.known.remove(name)
+        self.live -= size
+
+
+@pytest.mark.parametrize("precision", SIZES)
+@pytest.mark.parametrize("name", ["lora", "full"])
+def test_a_pass_peaks_where_the_head_runs(tiny_model: Path, name: str, precision: str) -> None:
+    """What is alive at most while a batch is scored and differentiated is what the layers keep and the head holds.
+
+    The vocabulary is larger than the tiny model's, as the head is beside attention in a real one.
+    """
+    config = replace(DecoderConfig.from_folder(tiny_model), vocab=8000)
+    decoder = Decoder(config, DTYPES[precision])
+    for parameter in decoder.parameters():
+        parameter.requires_grad_(False).normal_(0, 0.1)
+        parameter.data = parameter.data.to(DTYPES[precision])
+    policy = Policy(decoder, adapter=ADAPTERS[name])
+    batch = tree_of("flat")
+    with Peak() as peak:
+        policy.score(batch, entropy=False)[0].sum().backward()
+    shapes, packed = Shapes(config, ADAPTERS[name], SIZES[precision]), Packed.of(batch)
+    assert shapes.kept(packed) + shapes.head_held(packed) == pytest.approx(peak.most, rel=0.05)
 
 
 def test_memory_names_what_a_full_fine_tuning_adds(use_case: Path, store: Store) -> None:
@@ -161,55 +260,80 @@ def test_memory_names_what_a_full_fine_tuning_adds(use_case: Path, store: Store)
 # ── operations and seconds ─────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("lengths", [(96, 90), (200, 170, 40)], ids=["short", "flash"])
+def counting() -> FlopCounterMode:
+    """Torch's counter, which by itself does not know a product that is added in place."""
+
+    def product(into: Any, left: list[int], right: list[int], **_: Any) -> int:
+        return 2 * left[0] * left[1] * right[1]
+
+    return FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: product})
+
+
+@pytest.mark.parametrize("shape", TREES)
 @pytest.mark.parametrize("name", ADAPTERS)
-def test_operations_are_those_that_torch_counts(tiny_model: Path, name: str, lengths: tuple[int, ...]) -> None:
+def test_operations_are_those_that_torch_counts(tiny_model: Path, name: str, shape: str) -> None:
     """FlopCounterMode counts every product of a real pass.
 
-    It does not know the CPU's kernel for long rows, so there attention is left out. The first layer of
-    a frozen base needs no gradient of its input, which saves one product with qkv and one with its A.
+    The first layer of a frozen base needs no gradient of its input: one product with qkv and one with its A less.
     """
-    adapter = ADAPTERS[name]
-    policy = Policy.load(tiny_model, "fp32", adapter)
-    config = policy.decoder.config
-    shapes = Shapes(config, adapter, 4)
-    batch = collate([TrainSequence(tuple([7] * n), (False, *[True] * (n - 1))) for n in lengths])
-    packed = Packed(lengths, len(batch.at_M))
-    unseen = 4 * packed.places * packed.longest * config.heads * config.head_size * config.layers
-    unseen = unseen if packed.longest > 160 else 0
-    with FlopCounterMode(display=False) as counter:
-        hidden = policy.decoder.hidden_packed(batch.tokens_T, batch.lengths)
-    assert counter.get_total_flops() == shapes.forward(packed).operations - unseen / 2
-    with FlopCounterMode(display=False) as counter:
+    policy = Policy.load(tiny_model, "fp32", ADAPTERS[name])
+    shapes = Shapes(policy.decoder.config, ADAPTERS[name], 4)
+    batch = tree_of(shape)
+    packed = Packed.of(batch)
+    with counting() as counter:
+        hidden = policy.decoder.hidden_packed(batch.tokens_T, batch.tree)
+    assert counter.get_total_flops() == shapes.forward(packed).operations
+    with counting() as counter:
         hidden.sum().backward()
+    assert counter.get_total_flops() == shapes.backward(packed).operations - first_layer(policy, packed)
+
+
+def first_layer(policy: Policy, packed: Packed) -> int:
+    """Operations that a frozen base saves in its first layer."""
     qkv = next(linear for _, linear in policy.decoder.linears())
-    inner = adapter.rank * len(qkv.adapted) if adapter else 0
-    unneeded = 2 * packed.tokens * config.width * (qkv.weight.shape[0] + inner) if adapter else 0
-    assert counter.get_total_flops() == shapes.backward(packed).operations - unseen * 5 / 4 - unneeded
+    inner = policy.adapter.rank * len(qkv.adapted) if policy.adapter else 0
+    return 2 * packed.tokens * qkv.inputs * (qkv.weight.shape[0] + inner) if policy.adapter else 0
 
 
-@pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
-def test_head_operations_are_those_that_torch_counts(tiny_model: Path, full: bool) -> None:
-    adapter = None if full else ADAPTERS["lora"]
-    policy = Policy.load(tiny_model, "fp32", adapter)
-    shapes = Shapes(policy.decoder.config, adapter, 4)
-    batch = collate([TrainSequence(tuple([7] * 50), (False, *[True] * 49))])
-    packed = Packed((50,), 49)
-    with FlopCounterMode(display=False) as counter:
-        policy.score(batch, entropy=False)[0].sum().backward()
-    work = shapes.head(packed.heads, backward=True)
+@pytest.mark.parametrize("bonus", [False, True], ids=["logp", "bonus"])
+@pytest.mark.parametrize("entropy", [False, True], ids=["plain", "entropy"])
+@pytest.mark.parametrize("name", ["lora", "full"])
+def test_head_operations_are_those_that_torch_counts(tiny_model: Path, name: str, entropy: bool, bonus: bool) -> None:
+    policy = Policy.load(tiny_model, "fp32", ADAPTERS[name])
+    shapes = Shapes(policy.decoder.config, ADAPTERS[name], 4)
+    batch = tree_of("tree")
+    packed = Packed.of(batch)
+    with counting() as counter:
+        logp, ent = policy.score(batch, entropy=entropy)
+        (logp.sum() + ent.sum() if bonus else logp.sum()).backward()
+    work = shapes.head(packed.rows, backward=True, entropy=entropy, bonus=bonus)
     body = shapes.forward(packed) + shapes.backward(packed)
-    config = policy.decoder.config
-    unneeded = 0 if full else 2 * packed.tokens * config.width * (config.width * 2 + 12)  # as above; 3 ranks of 4
-    assert counter.get_total_flops() == work.operations + work.single + body.operations - unneeded
+    made = work.operations + work.single + body.operations - first_layer(policy, packed)
+    assert counter.get_total_flops() == made
+    with counting() as counter:
+        policy.reference(batch)
+    work = shapes.head(packed.rows, backward=False) + shapes.forward(packed, trains=False)
+    assert counter.get_total_flops() == work.operations
+
+
+@pytest.mark.parametrize("name", ["lora", "full"])
+def test_divergence_operations_are_those_that_torch_counts(tiny_model: Path, name: str) -> None:
+    policy = Policy.load(tiny_model, "fp32", ADAPTERS[name])
+    shapes = Shapes(policy.decoder.config, ADAPTERS[name], 4)
+    student, weight = torch.randn(300, shapes.config.width, requires_grad=True), policy.decoder.head_weight
+    known, theirs = torch.randn(300, shapes.config.width), weight.detach().clone()
+    with counting() as counter:
+        divergence(student, weight, known, theirs, Distance("forward")).sum().backward()
+    assert counter.get_total_flops() == shapes.divergence(300, shapes).operations
 
 
 def test_full_fine_tuning_is_six_operations_per_parameter_and_token(tiny_model: Path) -> None:
+    """Beside attention, which has 2 products with each score forward and 5 backward."""
     shapes = Shapes(Policy.load(tiny_model, "fp32", None).decoder.config, None, 4)
-    batch = Packed((16,) * 4, 1)
-    scores = 4 * batch.places * batch.longest * shapes.config.heads * shapes.config.head_size * shapes.config.layers
+    batch = Packed(Tree.flat((16,) * 4), 1)
+    scores = 4 * 16 * 16 * shapes.config.heads * shapes.config.head_size * shapes.config.layers
     both = shapes.forward(batch) + shapes.backward(batch)
-    assert both.operations - 3 * scores == 6 * shapes.linear * batch.tokens
+    assert both.operations - 14 * scores == 6 * shapes.linear * batch.tokens
 
 
 def test_seconds_follow_the_rates(use_case: Path, store: Store) -> None:
@@ -235,6 +359,63 @@ def test_small_batches_sample_at_the_speed_of_memory(tiny_model: Path) -> None:
     rate, copy = 4e11, 2e10
     assert one.operations / rate < one.traffic / copy / 10
     assert many.operations / rate > many.traffic / copy
+
+
+def test_sampling_operations_are_those_that_torch_counts(tiny_model: Path) -> None:
+    """Groups on top of prompts on top of a prefix: prefills exactly, decoding on average over an answer's length.
+
+    The sampler rounds what it reads up to 16 places, and here all products are torch's own, which its counter knows.
+    """
+    policy = Policy.load(tiny_model, "fp32", ADAPTERS["lora"])
+    decoder, samples, tokens, shared = policy.decoder, 8, 40, 24
+    merge(decoder)
+    shapes = Shapes(decoder.config, ADAPTERS["lora"], 4)
+    prompts = [[*range(shared), *range(100 + 10 * i, 160 + 10 * i)] for i in range(4)]
+    sampling = Sampling(n=samples, max_tokens=tokens, temperature=1.0)
+    fill, decode = shapes.sampling([len(prompt) for prompt in prompts], shared, samples, tokens, 128)
+    with counting() as counter:
+        sampler.sample_rows(decoder, prompts, sampling, sampler.Ending(), seeds=[0] * 4, rows_in_flight=128)
+    assert fill.operations + decode.operations == pytest.approx(counter.get_total_flops(), rel=0.03)
+
+
+def test_prompts_in_flight_are_read_once_for_all_their_rows(tiny_model: Path) -> None:
+    """Where keys and values of long prompts are most of what is read, twice the samples take hardly longer."""
+    config = replace(Policy.load(tiny_model, "fp32", None).decoder.config, layers=30, kv_heads=4, head_size=64)
+    shapes, tokens = Shapes(config, LoraConfig(1), 2), 8
+    few, many = (shapes.sampling([4000] * 2, 0, n, tokens, 128)[1] for n in (8, 16))
+    assert few.traffic > 2 * 30 * 4 * 64 * 2 * 2 * 4000 * tokens
+    assert few.traffic < many.traffic < 1.1 * few.traffic
+
+
+@pytest.mark.parametrize(("samples", "shared"), [(1, 0), (1, 40), (8, 0), (8, 40)])
+def test_caches_are_those_of_the_sampler(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, samples: int, shared: int
+) -> None:
+    """Keys and values of rows, of prompts and of their common prefix, apart or folded into one another."""
+    made: list[Cache] = []
+
+    class Noted(Cache):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            made.append(self)
+
+    monkeypatch.setattr(sampler, "Cache", Noted)
+    monkeypatch.setattr(cache, "FOLD_BYTES", 1 << 12)
+    policy = Policy.load(tiny_model, "fp32", ADAPTERS["lora"])
+    prompts = [[*range(shared), *range(100 + 10 * i, 160 + 10 * i)] for i in range(4)]
+    sampling, lengths = Sampling(n=samples, max_tokens=40, temperature=1.0), [len(prompt) for prompt in prompts]
+    sampler.sample_rows(policy.decoder, prompts, sampling, sampler.Ending(), seeds=[0] * 4, rows_in_flight=128)
+    (found,) = made
+    stores = [part for part in (found.own, found.groups) if part is not None]
+    assert (found.groups is not None) == (samples > 1)
+    assert (found.common is not None) == (shared > 0)
+    tensors = [t for part in stores for t in (part._keys, part._values)]
+    if found.common is not None:
+        tensors += [*found.common.keys, *found.common.values]
+    shapes = Shapes(policy.decoder.config, ADAPTERS["lora"], 4)
+    drawing = found.own.slots * shapes.config.vocab * 16
+    held = sum(t.numel() * t.element_size() for t in tensors)
+    assert shapes.caches(lengths, shared, samples, 40, 128) - drawing == held
 
 
 # ── outcomes ───────────────────────────────────────────────────────────────────────────────────────────────────

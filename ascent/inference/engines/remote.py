@@ -126,8 +126,9 @@ class RemoteEngine:
             seed = _stream_seed(*place, prompt)
             found = self._samples(prompt, seed, sampling, logps)
             with lock:
-                for _ in found if on_done is not None else ():
-                    on_done(1)
+                if on_done is not None:
+                    for _ in found:
+                        on_done(1)
                 if on_group is not None:
                     on_group(index, found)
             return found

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ascent.inference.cache import Cache, Common, Reach
-from ascent.inference.sampling.weights import Weights, rms_norm
+from ascent.inference.sampling.weights import Weights
 from ascent.inference.tree import rounded_up
 
 TOKENS = 32  # the tokens of a prefill are rounded up to a multiple: products are compiled per shape
@@ -47,7 +47,7 @@ def prefill(weights: Weights, tails: Sequence[Sequence[int]], common: Common, si
     rope = weights.rope_tables(F.pad(positions_L.repeat(count), (0, spare)))
     causal = _causal(weights, longest, common.length)
     for index, layer in enumerate(weights.layers):
-        q, k, v = (part[: count * longest].unflatten(0, (count, -1)) for part in layer.project(x, rope))
+        q, k, v = (part[: count * longest].view(count, longest, *part.shape[1:]) for part in layer.project(x, rope))
         keys, values = k.permute(0, 2, 3, 1), v.transpose(1, 2)
         if common.length:
             keys = torch.cat((common.keys[index].expand(count, -1, -1, -1), keys), -1)
@@ -56,7 +56,8 @@ def prefill(weights: Weights, tails: Sequence[Sequence[int]], common: Common, si
         attended_NLD = _attend_prompts(q, keys, values, causal).flatten(2)
         x = layer.finish(F.pad(attended_NLD.flatten(0, 1), (0, 0, 0, spare)), x)
     last = torch.tensor([at * longest + len(tail) - 1 for at, tail in enumerate(tails)], device=model.device)
-    return rms_norm(model.norm, x.index_select(0, last))
+    final: Tensor = model.norm(x.index_select(0, last))
+    return final
 
 
 def _causal(weights: Weights, length: int, prefix: int) -> list[tuple[int, int, Tensor]]:
@@ -76,7 +77,7 @@ def _attend_prompts(
     """Causal attention of whole prompts [N, L, H, E], a stretch of queries at a time over what it may see."""
     count, _, heads, size = q_NLHE.shape
     kv_heads, prefix = keys_NKES.shape[1], keys_NKES.shape[-1] - q_NLHE.shape[1]
-    grouped = q_NLHE.unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4)
+    grouped = q_NLHE.view(*q_NLHE.shape[:2], kv_heads, -1, size).permute(0, 2, 3, 1, 4)
     keys, values = keys_NKES.flatten(0, 1), values_NKSE.flatten(0, 1)
     out_NLHE = torch.empty_like(q_NLHE, memory_format=torch.contiguous_format)
     for begin, end, bias in causal:
@@ -97,7 +98,8 @@ def step(weights: Weights, cache: Cache, tokens_B: Tensor) -> Tensor:
         cache.own.keys[index][: reach.rows, ..., reach.column] = k
         cache.own.values[index][: reach.rows, :, reach.column] = v
         x = layer.finish(_attend(q, cache, index, reach), x)
-    return rms_norm(weights.model.norm, x)
+    final: Tensor = weights.model.norm(x)
+    return final
 
 
 def _attend(q_BHE: Tensor, cache: Cache, index: int, reach: Reach) -> Tensor:
@@ -119,7 +121,7 @@ def _attend(q_BHE: Tensor, cache: Cache, index: int, reach: Reach) -> Tensor:
         on_common = (by_head @ common.keys[index]).view(kv_heads, count, -1, common.length)
         scores.append(on_common.transpose(0, 1).reshape(rows, -1, common.length))
     joint = scores[0] if len(scores) == 1 else torch.cat(scores, -1)
-    shares = joint.softmax(-1).split([part.shape[-1] for part in scores], -1)
+    shares = torch.split(joint.softmax(-1), [part.shape[-1] for part in scores], -1)
     attended = torch.bmm(shares[0], reach.values[index])
     if group is not None:
         gathered = _regroup(shares[1], group.to_group, len(group.bias), block)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ascent.inference.decoder import Decoder, Layer, Norm
+from ascent.inference.decoder import Decoder, Layer
 from ascent.inference.lora import Linear
 
 PACKED_BYTES = 4 << 30  # larger models are not copied: they belong on an accelerator, and memory would run out first
@@ -37,11 +37,11 @@ class LayerWeights:
     def project(self, x_TD: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Return q [T,H,E], k [T,K,E], v [T,K,E]; `rope` as `rope_tables` gives it."""
         layer, c = self.layer, self.layer.config
-        heads = self.qkv(rms_norm(layer.norm_attention, x_TD)).unflatten(-1, (-1, c.head_size))
+        heads = self.qkv(layer.norm_attention(x_TD)).view(len(x_TD), -1, c.head_size)
         turning, v = heads[:, : c.heads + c.kv_heads], heads[:, c.heads + c.kv_heads :]
         if layer.norm_q is not None and layer.norm_k is not None:
             q, k = turning[:, : c.heads], turning[:, c.heads :]
-            turning = torch.cat((rms_norm(layer.norm_q, q), rms_norm(layer.norm_k, k)), dim=1)
+            turning = torch.cat((layer.norm_q(q), layer.norm_k(k)), dim=1)
         cos, sin = rope
         turned = (turning * cos).addcmul_(turning.roll(c.head_size // 2, -1), sin)
         return turned[:, : c.heads], turned[:, c.heads :], v
@@ -49,13 +49,8 @@ class LayerWeights:
     def finish(self, attended_TD: Tensor, x_TD: Tensor) -> Tensor:
         """Return the layer's output, given its input and what its heads attended to."""
         x_TD = self.out(attended_TD).add_(x_TD)
-        gate, up = self.gate_up(rms_norm(self.layer.norm_mlp, x_TD)).chunk(2, dim=-1)
+        gate, up = self.gate_up(self.layer.norm_mlp(x_TD)).chunk(2, dim=-1)
         return self.down(F.silu(gate).mul_(up)).add_(x_TD)
-
-
-def rms_norm(norm: Norm, x: Tensor) -> Tensor:
-    """`Norm.forward` without what only training needs."""
-    return F.rms_norm(x.float(), x.shape[-1:], None, norm.eps).to(x.dtype).mul_(norm.weight.to(x.dtype))
 
 
 class Packed:
@@ -106,7 +101,7 @@ class Weights:
 
 def can_pack(model: Decoder) -> bool:
     """Whether oneDNN has products from packed weights for this model here, and a second copy is small enough."""
-    if model.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+    if model.device.type != "cpu" or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
     known = model.dtype == torch.float32 or (
         model.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
