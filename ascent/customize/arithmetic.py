@@ -241,10 +241,9 @@ class Shapes:
         m, total = self.config, len(prompts) * samples
         laid = layout(m, self.size, [length - shared for length in prompts], shared, total, rows)
         prompt = rounded_up(laid.tail + (0 if laid.prefix_apart else shared), STEP)
-        own = 2 * rounded_up(tokens, STEP)
-        places = (
-            laid.rows * own + (self._groups(len(prompts), total, rows) if laid.groups_apart else laid.rows) * prompt
-        )
+        own = rounded_up(tokens, STEP) + (0 if laid.groups_apart else prompt)
+        apart = self._groups(len(prompts), total, rows) * prompt if laid.groups_apart else 0
+        places = laid.rows * (2 * own - STEP) + apart
         return self._kv * (places + shared) + laid.rows * m.vocab * (self.size + 12)
 
     def kept(self, batch: Packed) -> int:

@@ -262,7 +262,7 @@ class RemoteEngine:
         answer = self._send(body)
         try:
             reply = answer.json()
-            prompt_ids = reply.get("prompt_token_ids") or body.get("prompt", ())
+            prompt_ids = body.get("prompt") or reply.get("prompt_token_ids") or ()
             found = [_completion(choice, prompt_ids) for choice in reply["choices"]]
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise Unavailable(f"{answer.url}: the answer is not a completion ({error!r}): {_said(answer)}") from error
