@@ -51,8 +51,9 @@ RULES = """## How it is measured
 - The work is the same: SmolLM2-135M-Instruct with its base in bf16, LoRA of rank 16 on all linear layers, AdamW, the
   same texts of exactly as many tokens, every sampled answer as long as asked (no end token is drawn or heeded). Ours
   goes through the loops, the trainer and the engine that `ascent train` uses, and returns log-probs with each sample.
-- GRPO: a step samples, grades (share of vowels), updates once and brings the new policy to the sampler. The KL weight
-  is TRL's default, 0, on both sides, so nobody scores a reference. DPO: a step includes the reference's log-probs.
+- GRPO: a step samples, grades (share of vowels), scores its samples with the reference, updates once and brings the new
+  policy to the sampler. The KL weight is 0.04 on both sides, that of the paper; TRL's default is 0, which saves the
+  reference's pass. DPO: a step includes the reference's log-probs.
 - Prompts are unlike one another; they share the chat template's system line and nothing else. What is shared are the
   samples of a prompt and the two answers of a pair.
 - TRL runs without gradient checkpointing, which is its quicker setting, and with the settings it has otherwise. Its

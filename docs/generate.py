@@ -6,6 +6,8 @@ Names, types, defaults and meanings come from the code; only the sentences aroun
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
+import json
 import re
 import sys
 import types
@@ -70,7 +72,21 @@ def pages() -> dict[str, str]:
         "recipes.md": NOTE + recipes_page(),
         "techniques.md": NOTE + techniques_page(),
         "usecase.md": NOTE + usecase_page(),
+        **benchmark_pages(),
     }
+
+
+def benchmark_pages() -> dict[str, str]:
+    """The page and plot of the last `make bench`, from its results alone; none where there are no results."""
+    folder = FOLDER.parent / "benchmarks"
+    if not (folder / "results.json").is_file():
+        return {}
+    spec = importlib.util.spec_from_file_location("benchmarks_page", folder / "page.py")
+    assert spec is not None and spec.loader is not None
+    page = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(page)
+    found: dict[str, str] = page.pages(json.loads((folder / "results.json").read_text(encoding="utf-8")))
+    return {name: NOTE + text if name.endswith(".md") else text for name, text in found.items()}
 
 
 def cli_page() -> str:

@@ -26,7 +26,7 @@ from sigs.scenes import Scene, simple
 from sigs.scenes_rare import RARE
 from sigs.slots import write_slots
 
-SIZES = {"train": 2300, "validation": 600, "test": 400, "prompts": 160}
+SIZES = {"train": 2300, "validation": 1200, "test": 400, "prompts": 160}
 MEASURING = ("validation", "test")
 _SHARES = {"train": 0.58, "validation": 0.10, "test": 0.20, "prompts": 0.12}
 _RARE_SHARE = 0.17
