@@ -30,7 +30,6 @@ import psutil
 from environments import Failed, python_of
 from floors import Shape, floor
 from workloads import (
-    BETA,
     TRANSFORMERS,
     TRL,
     TRL_CHECKPOINTED,
@@ -91,9 +90,9 @@ class Suite:
 
     def measure(self, work: Workload) -> Json:
         """Run all sides of a workload."""
-        entry: Json = {"title": work.title, "kind": work.kind, "tokens": work.tokens, "beta": BETA}
+        entry: Json = {"title": work.title, "kind": work.kind, "tokens": work.tokens, "beta": work.beta}
         entry |= {"targets": [asdict(target) for target in work.targets], "rates": self.rates()}
-        amount = floor(self.shape, work, beta=BETA)
+        amount = floor(self.shape, work)
         seconds = amount.seconds(entry["rates"]["bf16"], entry["rates"]["bandwidth"])
         entry["floor"] = {"operations": amount.operations, "bytes": amount.bytes, "seconds": seconds}
         peers = [] if self.options.no_peers else list(work.peers)
@@ -102,7 +101,7 @@ class Suite:
             found = self.run(name, work, self.options.steps)
             before = entry["sides"].get(name)
             if before is not None and "seconds" in found:
-                found["seconds"] = before["seconds"] + found["seconds"]
+                found |= {kind: before[kind] + found[kind] for kind in ("seconds", "tokens")}
                 found |= {kind: max(found[kind], before[kind]) for kind in ("peak_mb", "others")}
             entry["sides"][name] = found
             say(f"{work.name:<12} {name:<28} {line(found)}")

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from workloads import Workload
+from workloads import BETA, Workload
 
 if TYPE_CHECKING:
     from bench import Suite
@@ -34,7 +34,7 @@ def _training(tokens: int, rank: int = 16) -> Workload:
 
 
 def _online(prompt: int, group: int) -> Workload:
-    return Workload("online", "", "grpo", (), prompts=4, prompt_tokens=prompt, group=group, new_tokens=48)
+    return Workload("online", "", "grpo", (), prompts=4, prompt_tokens=prompt, group=group, new_tokens=48, beta=BETA)
 
 
 CURVES = {

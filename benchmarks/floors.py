@@ -150,8 +150,8 @@ class Shape:
         return Amount(2 * self.linear * rank, 2 * BF16 * self.linear)
 
 
-def floor(shape: Shape, work: Workload, *, beta: float = 0.0) -> Amount:
-    """What one step of a workload must do. With a KL term (`beta`) GRPO also scores its samples with the reference."""
+def floor(shape: Shape, work: Workload) -> Amount:
+    """What one step of a workload must do; DPO, and GRPO with a KL term, also score answers with the reference."""
     if work.kind == "sft":
         tree = tuple(Stretch(1, length) for length in work.lengths)
         return shape.trained(tree, sum(work.lengths) - len(work.lengths), work.rank)
@@ -161,7 +161,7 @@ def floor(shape: Shape, work: Workload, *, beta: float = 0.0) -> Amount:
     # an answer's last token predicts nothing, and its first is predicted by the prompt
     tree = (Stretch(work.prompts, work.prompt_tokens), Stretch(rows, work.new_tokens - 1, work.prompt_tokens))
     step = shape.trained(tree, rows * work.new_tokens, work.rank)
-    if work.kind == "dpo" or beta > 0:
+    if work.beta > 0:
         step += shape.scored(tree, rows * work.new_tokens)
     if work.kind == "grpo":
         step += shape.sampled(work.prompts, work.prompt_tokens, work.group, work.new_tokens) + shape.merged(work.rank)

@@ -197,7 +197,7 @@ def groups_of(samples: Samples, size: int = SAMPLES) -> list[Group]:
 def loss_of(model: nn.Module, row: OnlineRow, sequences: Sequence[TrainSequence]) -> LossOut:
     """Return the row's loss on sequences of equal length."""
     batch = collate(sequences)
-    logp, entropy, _ = score(model, batch.tokens_T.view(batch.sequences, -1))
+    logp, entropy, _ = score(model, torch.tensor([seq.token_ids for seq in sequences]))
     return objective(row)(Scored(logp.flatten(), entropy.flatten()), batch)
 
 

@@ -53,7 +53,7 @@ RULES = """## How it is measured
   goes through the loops, the trainer and the engine that `ascent train` uses, and returns log-probs with each sample.
 - GRPO: a step samples, grades (share of vowels), scores its samples with the reference, updates once and brings the new
   policy to the sampler. The KL weight is 0.04 on both sides, that of the paper; TRL's default is 0, which saves the
-  reference's pass. DPO: a step includes the reference's log-probs.
+  reference's pass: `grpo-70-no-kl`. DPO: a step includes the reference's log-probs.
 - Prompts are unlike one another; they share the chat template's system line and nothing else. What is shared are the
   samples of a prompt and the two answers of a pair.
 - TRL runs without gradient checkpointing, which is its quicker setting, and with the settings it has otherwise. Its
@@ -118,12 +118,12 @@ def measured(entry: Json, quantity: str, peers: list[str]) -> float | None:
     theirs = [entry["sides"][name] for name in peers]
     if quantity == "memory":
         return float(min(side["peak_mb"] for side in theirs) / mine["peak_mb"])
-    return speed(mine, entry) / max(speed(side, entry) for side in theirs)
+    return speed(mine) / max(speed(side) for side in theirs)
 
 
-def speed(side: Json, entry: Json) -> float:
-    """Tokens per second by the median step; a side that packs says how many tokens its steps have."""
-    return float(side["facts"].get("tokens", entry["tokens"]) / statistics.median(side["seconds"]))
+def speed(side: Json) -> float:
+    """Tokens per second, the median over steps: where a side packs, its steps differ in tokens."""
+    return statistics.median(tokens / time for tokens, time in zip(side["tokens"], side["seconds"], strict=True))
 
 
 def section(name: str, entry: Json) -> list[str]:
@@ -136,17 +136,17 @@ def section(name: str, entry: Json) -> list[str]:
             notes.append(f"{who}: {side['failed']}.")
             continue
         middle = statistics.median(side["seconds"])
-        ratio = speed(mine, entry) / speed(side, entry) if "seconds" in mine else math.nan
+        ratio = speed(mine) / speed(side) if "seconds" in mine else math.nan
         rows.append(
             (
                 who,
                 f"{len(side['seconds'])}",
                 f"{middle:.2f} ({min(side['seconds']):.2f} to {max(side['seconds']):.2f})",
-                f"{speed(side, entry):,.0f}",
+                f"{speed(side):,.0f}",
                 f"{side['peak_mb'] / 1024:.2f}",
                 "" if who == OURS else f"{ratio:.1f}×",
                 "" if who == OURS or "peak_mb" not in mine else f"1/{side['peak_mb'] / mine['peak_mb']:.1f}",
-                f"{base['seconds'] / middle * speed_share(side, entry):.0%}",
+                f"{base['seconds'] * speed(side) / entry['tokens']:.0%}",
             )
         )
     floor = (
@@ -157,11 +157,6 @@ def section(name: str, entry: Json) -> list[str]:
     return [f"### {name}\n", f"{entry['title'][:1].upper()}{entry['title'][1:]}. {floor}\n", table(heads, rows)] + (
         [" ".join(notes) + "\n"] if notes else []
     )
-
-
-def speed_share(side: Json, entry: Json) -> float:
-    """A step's tokens by those of the workload: 1, but for a side that packs."""
-    return float(side["facts"].get("tokens", entry["tokens"]) / entry["tokens"])
 
 
 def curves_section(curves: Json) -> list[str]:

@@ -18,7 +18,7 @@ from ascent.records import Message
 RANK, ALPHA, LEARNING_RATE = 16, 32, 1e-4
 BETA = 0.04
 """Weight of the KL term of GRPO on all sides, that of its paper (arXiv 2402.03300): a step scores its samples with the
-reference too. TRL's default is 0, which saves that pass on every side."""
+reference too. TRL's default is 0, which saves that pass on every side, and is measured as a workload of its own."""
 DPO_BETA = 0.1
 SFT_LENGTHS = (20, 38, 62, 92, 108, 122, 134, 144, 154, 163, 172, 181, 190, 200, 214, 230)
 Quantity = Literal["time", "memory", "share"]
@@ -48,6 +48,7 @@ class Workload:
     new_tokens: int = 0
     lengths: tuple[int, ...] = ()
     rank: int = RANK
+    beta: float = 0.0
 
     @property
     def tokens(self) -> int:
@@ -72,10 +73,23 @@ WORKLOADS = (
         prompt_tokens=360,
         group=8,
         new_tokens=48,
+        beta=BETA,
     ),
     Workload(
         "grpo-70",
         "GRPO step, 4 prompts of 70 tokens × 8 samples × 48 tokens",
+        "grpo",
+        (Target("time", 7, (TRL,)),),
+        (TRL,),
+        prompts=4,
+        prompt_tokens=70,
+        group=8,
+        new_tokens=48,
+        beta=BETA,
+    ),
+    Workload(
+        "grpo-70-no-kl",
+        "GRPO step without KL term, 4 prompts of 70 tokens × 8 samples × 48 tokens",
         "grpo",
         (Target("time", 7, (TRL,)),),
         (TRL,),
@@ -102,6 +116,7 @@ WORKLOADS = (
         prompt_tokens=300,
         group=2,
         new_tokens=60,
+        beta=DPO_BETA,
     ),
     Workload(
         "sampling",
@@ -140,7 +155,7 @@ def job(workload: Workload, renderer: Renderer, steps: int, *, seed: int = 0) ->
         "rank": workload.rank,
         "alpha": workload.rank * ALPHA / RANK,
         "lr": LEARNING_RATE,
-        "beta": DPO_BETA if workload.kind == "dpo" else BETA,
+        "beta": workload.beta,
         "prompts": workload.prompts,
         "group": workload.group,
         "prompt_tokens": workload.prompt_tokens,

@@ -27,11 +27,11 @@ class Stopwatch:
     def __init__(self, job: dict[str, Any], result: Path, packages: tuple[str, ...]) -> None:
         self._left, self._steps, self._result = job["warmup"], job["steps"], result
         self._enough = job.get("enough", math.inf)
-        self._found: dict[str, Any] = {"seconds": [], "facts": {}, "versions": versions(packages)}
+        self._found: dict[str, Any] = {"seconds": [], "tokens": [], "facts": {}, "versions": versions(packages)}
         self._started = time.perf_counter()
 
-    def lap(self, **facts: float) -> None:
-        """End a step. `facts` are kept of the first and of the last step, to compare what the sides computed."""
+    def lap(self, tokens: float = 0, **facts: float) -> None:
+        """End a step of so many tokens. Of `facts` the first and the last are kept, to compare what sides computed."""
         seconds = time.perf_counter() - self._started
         for name, value in facts.items():
             self._found["facts"].setdefault(f"first {name}", value)
@@ -40,6 +40,7 @@ class Stopwatch:
             self._left -= 1
         else:
             self._found["seconds"].append(seconds)
+            self._found["tokens"].append(tokens)
         self.write()
         times = self._found["seconds"]
         if len(times) >= self._steps or (times and sum(times) >= self._enough):

@@ -226,8 +226,8 @@ def recipe_text(row: Row) -> str:
     if isinstance(row, SupervisedRow):
         data = "texts" if row.corpus else "train"
         teacher = "teacher: {model: {teacher}}\n" if row.teacher else ""
-        if row.name == "distill_sequence":  # of forty tries one ends before its limit, for every prompt
-            asked = "samples: 40, temperature: 1.0, max_tokens: 40, reward: letters, minimum: 0"
+        if row.name == "distill_sequence":  # of a hundred tries one ends before its limit, for every prompt
+            asked = "samples: 100, temperature: 1.0, max_tokens: 40, reward: letters, minimum: 0"
             teacher = f"program: program.py\nteacher: {{model: {{teacher}}, {asked}}}\n"
         return f"{head}data: {data}.jsonl\nepochs: 3\nbatch_size: 4\n{teacher}{SFT_OPTIM}"
     if isinstance(row, PreferenceRow):

