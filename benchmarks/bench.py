@@ -16,6 +16,7 @@ import json
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -156,7 +157,10 @@ class Suite:
                     env=environment(len(self.cores)),
                     cwd=folder,
                 )
-                short, others = watch(started)
+                try:
+                    short, others = watch(started)
+                finally:
+                    started.kill()  # if this process is ended, so is the side; one that has ended does not mind
             if self.options.logs:
                 self.options.logs.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(log, self.options.logs / f"{script.removesuffix('.py')}-{task['kind']}.txt")
@@ -256,6 +260,11 @@ def line(found: Json) -> str:
     return f"{middle:.2f} s ({times[0]:.2f} to {times[-1]:.2f}), {found['peak_mb'] / 1024:.2f} GB {found['facts']}"
 
 
+def without_folder(argument: str) -> str:
+    """An argument as it may be published: an absolute path's last part, anything else as it is."""
+    return Path(argument).name if argument.startswith("/") else argument
+
+
 def say(text: str) -> None:
     """Write a line at once."""
     sys.stdout.write(f"{text}\n")
@@ -287,6 +296,7 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     """Run the workloads and write the results after each."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     options = arguments()
     wanted = options.only or [*(work.name for work in WORKLOADS), "curves"]
     if options.quick:
@@ -297,7 +307,7 @@ def main() -> None:
     )
     stamp = {
         "date": datetime.now(UTC).isoformat(timespec="minutes"),
-        "command": " ".join(["python benchmarks/bench.py", *sys.argv[1:]]),
+        "command": " ".join(["python benchmarks/bench.py", *map(without_folder, sys.argv[1:])]),
         "machine": machine(suite.cores),
         "model": suite.folder.name,
         "steps": options.steps,
