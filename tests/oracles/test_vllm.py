@@ -32,7 +32,7 @@ from ascent.records.errors import BadInput, Unavailable
 
 ENVIRONMENT = Path(__file__).parents[2] / "benchmarks/.envs/vllm/bin/python"
 PYTHON = Path(os.environ.get("ASCENT_VLLM_PYTHON", ENVIRONMENT))
-NAME, CONTEXT, TOLERANCE, START_S = "tiny", 256, 1e-3, 100
+NAME, CONTEXT, TOLERANCE, START_S = "tiny", 256, 1e-3, 200
 OPTIONS = f"""
     --host 127.0.0.1 --served-model-name {NAME} --dtype float32 --max-model-len {CONTEXT} --max-num-seqs 16
     --enforce-eager --enable-lora --max-lora-rank 16 --logprobs-mode processed_logprobs
