@@ -174,7 +174,8 @@ def _listen(lines: dict[Connection, Any]) -> Any:
                 kind, value = line.recv()
             except EOFError as error:
                 raise AscentError(
-                    "a process of the run died without a word; look for a lack of memory, and go on with --resume"
+                    "a process of the run died; above stands what it said last. Where that is nothing, look for a lack "
+                    "of memory; go on with --resume"
                 ) from error
             if kind == "error":
                 raise value

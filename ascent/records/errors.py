@@ -19,12 +19,17 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 
 class AscentError(Exception):
     """Base of all errors that Ascent raises on purpose. `exit_code` is what the command line returns."""
 
     exit_code = 2
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Let an error cross from one process to another whole, whatever its constructor asks for."""
+        return _as_it_was, (type(self), self.args, vars(self))
 
 
 class BadInput(AscentError):
@@ -94,6 +99,12 @@ class Interrupted(AscentError):
     """The user pressed Ctrl-C; the run's state was saved and `--resume` continues it."""
 
     exit_code = 130
+
+
+def _as_it_was(kind: type[AscentError], args: tuple[Any, ...], fields: dict[str, Any]) -> AscentError:
+    error = kind.__new__(kind, *args)
+    vars(error).update(fields)
+    return error
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

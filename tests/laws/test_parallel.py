@@ -7,13 +7,13 @@ import signal
 from pathlib import Path
 
 import pytest
-from laws.helpers import metrics, run_recipe, write_use_case
+from laws.helpers import Stopped, metrics, run_recipe, write_use_case
 from safetensors.torch import load_file
 
 from ascent.cli.train import _train, training_data
 from ascent.customize import parallel
 from ascent.customize.recipes import load_recipe
-from ascent.records.errors import AscentError, BadInput
+from ascent.records.errors import AscentError, BadInput, UnknownName
 
 ADAPTER = "model/adapter/adapter_model.safetensors"
 
@@ -54,8 +54,6 @@ def test_samplers_share_the_prompts_and_graders_the_samples(use_case: Path, tmp_
 def test_a_run_goes_on_at_another_width(use_case: Path, tmp_path: Path) -> None:
     """Moments lie in shares in memory and whole in the checkpoint: twelve steps of one, or six and six of two."""
     run_recipe(use_case, "sft", tmp_path / "whole")
-    from laws.helpers import Stopped
-
     with pytest.raises(Stopped):
         run_recipe(use_case, "sft", tmp_path / "cut", stop_at=7)
     state = json.loads((tmp_path / "cut" / "checkpoint" / "state.json").read_text())
@@ -78,7 +76,16 @@ def _die() -> None:
     parallel.gathered(0)
 
 
-@pytest.mark.parametrize(("work", "said"), [(_fail, "has had enough"), (_die, "died")])
+def _unknown() -> None:
+    """An error whose constructor asks for more than its message, which pickle alone could not build again."""
+    if parallel.rank() == 1:
+        raise UnknownName("grader", "letter", ["letters"])
+    parallel.gathered(0)
+
+
+@pytest.mark.parametrize(
+    ("work", "said"), [(_fail, "has had enough"), (_die, "died"), (_unknown, "unknown grader 'letter'; did you mean")]
+)
 def test_an_error_of_one_process_ends_all(work: object, said: str) -> None:
     with pytest.raises(AscentError, match=said):
         parallel.launch(work, (), 2)  # type: ignore[arg-type]
