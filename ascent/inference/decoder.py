@@ -133,8 +133,12 @@ class Layer(nn.Module):
 
     def project(self, x_TD: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Return q [T,H,E], k [T,K,E], v [T,K,E] with rotary positions applied to q and k."""
+        return self.turn(self.qkv(self.norm_attention(x_TD)), rope)
+
+    def turn(self, qkv: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Part q, k and v of [T, (H+2K)·E] and give q and k their norms, where there are any, and rotary positions."""
         c = self.config
-        qkv = self.qkv(self.norm_attention(x_TD)).unflatten(-1, (-1, c.head_size))
+        qkv = qkv.view(len(qkv), -1, c.head_size)
         qk, v = qkv[..., : -c.kv_heads, :], qkv[..., -c.kv_heads :, :]
         if self.norm_q is not None and self.norm_k is not None:
             qk = torch.cat((self.norm_q(qk[..., : c.heads, :]), self.norm_k(qk[..., c.heads :, :])), -2)

@@ -24,8 +24,7 @@ from ascent.inference.engine import Sampling
 from ascent.inference.sampling.draw import draw
 from ascent.inference.sampling.passes import prefill, prefill_common, step
 from ascent.inference.sampling.weights import Packed, Weights
-
-__all__ = ["Ending", "Row", "draw", "sample_rows", "shared_prefix"]
+from ascent.inference.tree import common_prefix
 
 ENTER_FRACTION = 0.125  # let rows enter when this share of those in flight is free: a prefill reads all weights too
 PREFILL_TOKENS = 2048  # padded prompt tokens of one prefill; products gain nothing from more, and scores grow
@@ -108,12 +107,8 @@ def sample_rows(
 
 def shared_prefix(prompts: Sequence[Sequence[int]]) -> int:
     """Number of leading tokens all prompts share, leaving each prompt at least one token of its own."""
-    first, last = min(map(list, prompts)), max(map(list, prompts))
-    common = 0
-    limit = min(len(prompt) for prompt in prompts) - 1
-    while common < limit and first[common] == last[common]:
-        common += 1
-    return common
+    ordered = sorted(map(tuple, prompts))  # what the first and the last share, all between them share
+    return min(common_prefix(ordered[0], ordered[-1]), min(map(len, prompts)) - 1)
 
 
 class _Flying:

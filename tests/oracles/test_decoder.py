@@ -14,7 +14,8 @@ from ascent.inference import lora
 from ascent.inference.decoder import Decoder, load_decoder
 from ascent.inference.engine import Sampling
 from ascent.inference.head import logp_and_entropy
-from ascent.inference.sampler import Ending, draw, sample_rows
+from ascent.inference.sampler import Ending, sample_rows
+from ascent.inference.sampling.draw import draw
 from ascent.inference.tree import Tree
 
 SIZES = {

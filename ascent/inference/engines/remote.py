@@ -120,9 +120,8 @@ class RemoteEngine:
 
         def work(index: int) -> list[Completion]:
             prompt = prompts[index]
-            place = (
-                (sampling.seed, index) if prompt.seed is None else (prompt.seed, 0)
-            )  # its own stream, wherever it is
+            # a prompt's own seed is its own stream, wherever the prompt stands
+            place = (sampling.seed, index) if prompt.seed is None else (prompt.seed, 0)
             seed = _stream_seed(*place, prompt)
             found = self._samples(prompt, seed, sampling, logps)
             with lock:

@@ -44,7 +44,7 @@ def prefill(weights: Weights, tails: Sequence[Sequence[int]], common: Common, si
     filled = torch.tensor([[*tail, *[0] * (longest - len(tail))] for tail in tails], device=model.device)
     x = model.embed(F.pad(filled.flatten(), (0, spare)))
     positions_L = torch.arange(common.length, common.length + longest, device=model.device)
-    rope = weights.rope_tables(F.pad(positions_L.repeat(count), (0, spare)))
+    rope = model.rope(F.pad(positions_L.repeat(count), (0, spare)))
     causal = _causal(weights, longest, common.length)
     for index, layer in enumerate(weights.layers):
         q, k, v = (part[: count * longest].view(count, longest, *part.shape[1:]) for part in layer.project(x, rope))
@@ -91,7 +91,7 @@ def _attend_prompts(
 def step(weights: Weights, cache: Cache, tokens_B: Tensor) -> Tensor:
     """Add one token to every row in flight and return the final hidden states [B, D], padding rows included."""
     reach = cache.advance()
-    rope = weights.rope_tables(reach.positions_B)
+    rope = weights.model.rope(reach.positions_B)
     x = weights.model.embed(F.pad(tokens_B, (0, reach.rows - len(tokens_B))))
     for index, layer in enumerate(weights.layers):
         q, k, v = layer.project(x, rope)

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ascent.inference.decoder import Decoder, Layer
+from ascent.inference.kernels import swiglu
 from ascent.inference.lora import Linear
 
 PACKED_BYTES = 4 << 30  # larger models are not copied: they belong on an accelerator, and memory would run out first
@@ -35,22 +36,13 @@ class LayerWeights:
     down: Product
 
     def project(self, x_TD: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Return q [T,H,E], k [T,K,E], v [T,K,E]; `rope` as `rope_tables` gives it."""
-        layer, c = self.layer, self.layer.config
-        heads = self.qkv(layer.norm_attention(x_TD)).view(len(x_TD), -1, c.head_size)
-        turning, v = heads[:, : c.heads + c.kv_heads], heads[:, c.heads + c.kv_heads :]
-        if layer.norm_q is not None and layer.norm_k is not None:
-            q, k = turning[:, : c.heads], turning[:, c.heads :]
-            turning = torch.cat((layer.norm_q(q), layer.norm_k(k)), dim=1)
-        cos, sin = rope
-        turned = (turning * cos).addcmul_(turning.roll(c.head_size // 2, -1), sin)
-        return turned[:, : c.heads], turned[:, c.heads :], v
+        """As `Layer.project`."""
+        return self.layer.turn(self.qkv(self.layer.norm_attention(x_TD)), rope)
 
     def finish(self, attended_TD: Tensor, x_TD: Tensor) -> Tensor:
         """Return the layer's output, given its input and what its heads attended to."""
         x_TD = self.out(attended_TD).add_(x_TD)
-        gate, up = self.gate_up(self.layer.norm_mlp(x_TD)).chunk(2, dim=-1)
-        return self.down(F.silu(gate).mul_(up)).add_(x_TD)
+        return self.down(swiglu(self.gate_up(self.layer.norm_mlp(x_TD)))).add_(x_TD)
 
 
 class Packed:
@@ -92,11 +84,6 @@ class Weights:
         if self._packed is None:
             return partial(F.linear, weight=weight, bias=bias)
         return partial(_times, self._packed.of(key, weight), bias)
-
-    def rope_tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (cos, cos) and (−sin, sin) [.., 1, E]: rotated x is x·cos + roll(x, E/2)·sin."""
-        cos, sin = self.model.rope(positions)
-        return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
 
 def can_pack(model: Decoder) -> bool:
