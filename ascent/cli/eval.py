@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,10 +74,7 @@ def command(
     total = limit if limit is not None else _rows(data)
     spec = None if harness is None else harness_named(harness, max_turns, step_seconds)
     with Progress("measuring", total) as progress:
-        if spec is None:
-            report = measure(folder, model, data, stage=stage, progress=progress.advance, limit=limit)
-        else:
-            report = measure_in(spec, folder, model, data, stage=stage, progress=progress.advance, limit=limit)
+        report = measure(folder, model, data, stage=stage, progress=progress.advance, limit=limit, harness=spec)
     headers = ("metric", "value", "95 % interval", "items", "unscored", "not applicable")
     table(headers, [_row(estimate) for estimate in report.metrics.values()])
     if out is not None:
@@ -95,52 +91,6 @@ def harness_named(text: str, max_turns: int, step_seconds: float) -> HarnessSpec
     if not (program and colon and environment):
         raise BadInput(f"--harness {text!r} is not PROGRAM:ENVIRONMENT, such as tools.py:Clerk")
     return HarnessSpec(program=Path(program), environment=environment, max_turns=max_turns, step_seconds=step_seconds)
-
-
-def measure_in(
-    harness: HarnessSpec,
-    folder: Path,
-    model: str,
-    data: Path,
-    *,
-    stage: str | None = None,
-    progress: Callable[[int], None] | None = None,
-    limit: int | None = None,
-) -> Report:
-    """Measure a model as `ladder.measure.measure` does, but in an environment.
-
-    Raises:
-        BadInput: the program of the environment does not load, or as `measure`.
-    """
-    from ascent.customize.agentic.harness import attempt_with
-    from ascent.customize.agentic.multiturn import harness_of
-    from ascent.evaluate.pool import GraderPool
-    from ascent.evaluate.suite import evaluate
-    from ascent.inference.engine import Sampling
-    from ascent.ladder.measure import engine_of, find_candidate
-    from ascent.ladder.workspace import open_tasks
-    from ascent.records.files import sha256_file
-
-    candidate = find_candidate(folder, model)
-    usecase, loaded = open_tasks(folder, data, prompted=not candidate.tuned)
-    described = {**harness.model_dump(mode="json"), "program": harness.program.name}
-    with (
-        harness_of(harness.program, harness.environment, harness.max_turns, harness.step_seconds) as world,
-        GraderPool(usecase.path(usecase.program), list(usecase.metrics.names)) as pool,
-    ):
-        engine = engine_of(candidate)
-        return evaluate(
-            engine,
-            loaded.rows if limit is None else loaded.rows[:limit],
-            pool,
-            sampling=Sampling(max_tokens=usecase.sampling.max_tokens, temperature=0),
-            data=loaded.source,
-            stage=stage or candidate.name,
-            on_done=progress,
-            abstain_below=candidate.abstain_below,
-            attempt=attempt_with(world, engine),
-            details={"harness": {**described, "sha256": sha256_file(harness.program)}},
-        )
 
 
 def summary(report: Report) -> dict[str, Any]:

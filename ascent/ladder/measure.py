@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,11 +15,13 @@ from ascent.ladder.usecase import UseCase, load_usecase
 from ascent.ladder.workspace import open_tasks
 from ascent.records import Report
 from ascent.records.errors import UnknownName
-from ascent.records.files import write_atomic
+from ascent.records.files import sha256_file, write_atomic
 
 if TYPE_CHECKING:
     from ascent.customize.data import Loaded
+    from ascent.customize.recipes import HarnessSpec
     from ascent.evaluate.selective import Abstention
+    from ascent.evaluate.suite import Attempt
     from ascent.inference.engine import Engine
     from ascent.records import Task
 
@@ -48,6 +51,7 @@ def measure(
     stage: str | None = None,
     progress: Callable[[int], None] | None = None,
     limit: int | None = None,
+    harness: HarnessSpec | None = None,
 ) -> Report:
     """Measure a model on `data` with the use case's graders.
 
@@ -58,9 +62,11 @@ def measure(
         stage: the name in the report; by default the candidate's.
         progress: hears how many items are done.
         limit: measure only the first so many rows.
+        harness: the environment in which each row is an episode; without one each is asked once. The environment's own
+            score joins the metrics, and what it was the report's `sampling`.
 
     Raises:
-        BadInput, UnknownName: the use case, the model or the data cannot be used.
+        BadInput, UnknownName: the use case, the model, the data or the environment cannot be used.
     """
     from ascent.evaluate.pool import GraderPool
     from ascent.evaluate.suite import evaluate
@@ -70,7 +76,9 @@ def measure(
     usecase, loaded = open_tasks(folder, data, prompted=not candidate.tuned)
     tasks = loaded.rows if limit is None else loaded.rows[:limit]
     engine = engine_of(candidate)
-    with GraderPool(usecase.path(usecase.program), list(usecase.metrics.names)) as pool:
+    with contextlib.ExitStack() as stack:
+        attempt, details = (None, None) if harness is None else _episodes(harness, engine, stack)
+        pool = stack.enter_context(GraderPool(usecase.path(usecase.program), list(usecase.metrics.names)))
         return evaluate(
             engine,
             tasks,
@@ -80,7 +88,23 @@ def measure(
             stage=stage or candidate.name,
             on_done=progress,
             abstain_below=candidate.abstain_below,
+            attempt=attempt,
+            details=details,
         )
+
+
+def _episodes(
+    harness: HarnessSpec, engine: Engine, stack: contextlib.ExitStack
+) -> tuple[Attempt, dict[str, dict[str, object]]]:
+    """Open the environment until `stack` ends; return what attempts tasks in it, and what the report says of it."""
+    from ascent.customize.agentic.harness import attempt_with
+    from ascent.customize.agentic.multiturn import harness_of
+
+    world = stack.enter_context(
+        harness_of(harness.program, harness.environment, harness.max_turns, harness.step_seconds)
+    )
+    named = {"program": harness.program.name, "sha256": sha256_file(harness.program)}
+    return attempt_with(world, engine), {"harness": {**harness.model_dump(mode="json"), **named}}
 
 
 def find_candidate(folder: Path, model: str) -> Candidate:
