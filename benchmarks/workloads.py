@@ -62,41 +62,35 @@ class Workload:
 TRL, TRL_CHECKPOINTED, TRL_PACKED = "trl", "trl, gradient checkpointing", "trl, packing"
 TRANSFORMERS, VLLM = "transformers generate", "vllm"
 
+
+def grpo(
+    name: str,
+    prompt_tokens: int,
+    title: str,
+    targets: tuple[Target, ...] = (Target("time", 7, (TRL,)),),
+    peers: tuple[str, ...] = (TRL,),
+    beta: float = BETA,
+) -> Workload:
+    """A GRPO step on 4 prompts × 8 samples × 48 tokens."""
+    return Workload(
+        name, title, "grpo", targets, peers, prompts=4, prompt_tokens=prompt_tokens, group=8, new_tokens=48, beta=beta
+    )
+
+
 WORKLOADS = (
-    Workload(
+    grpo(
         "grpo-360",
+        360,
         "GRPO step, 4 prompts of 360 tokens × 8 samples × 48 tokens",
-        "grpo",
         (Target("time", 10, (TRL,)), Target("memory", 5, (TRL,))),
         (TRL, TRL_CHECKPOINTED),
-        prompts=4,
-        prompt_tokens=360,
-        group=8,
-        new_tokens=48,
-        beta=BETA,
     ),
-    Workload(
-        "grpo-70",
-        "GRPO step, 4 prompts of 70 tokens × 8 samples × 48 tokens",
-        "grpo",
-        (Target("time", 7, (TRL,)),),
-        (TRL,),
-        prompts=4,
-        prompt_tokens=70,
-        group=8,
-        new_tokens=48,
-        beta=BETA,
-    ),
-    Workload(
+    grpo("grpo-70", 70, "GRPO step, 4 prompts of 70 tokens × 8 samples × 48 tokens"),
+    grpo(
         "grpo-70-no-kl",
+        70,
         "GRPO step without KL term, 4 prompts of 70 tokens × 8 samples × 48 tokens",
-        "grpo",
-        (Target("time", 7, (TRL,)),),
-        (TRL,),
-        prompts=4,
-        prompt_tokens=70,
-        group=8,
-        new_tokens=48,
+        beta=0.0,
     ),
     Workload(
         "sft",
