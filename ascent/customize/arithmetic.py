@@ -272,12 +272,13 @@ class Shapes:
     def layer_kept(self) -> int:
         """Bytes per token that one layer keeps for its backward pass.
 
-        What both norms keep; the inputs of linear layers that train, and the adapter's middle; q and k as rotated, and
-        v with the joined buffer that it is a view of; gate and up. With norms of q and k, the inverse of their lengths.
+        What both norms keep; the inputs of linear layers that train, and the adapter's middle; q, k and v in one buffer,
+        as rotated; gate and up. With norms of q and k, also the buffer before them, and the inverse of their lengths.
         """
         m, c = self.config, self.size
         q, kv = m.heads * m.head_size, m.kv_heads * m.head_size
-        numbers = self._inputs_kept + self.ranks // m.layers + (2 * q + 3 * kv) + 2 * m.mlp
+        buffers = (q + 2 * kv) * (2 if m.qk_norm else 1)
+        numbers = self._inputs_kept + self.ranks // m.layers + buffers + 2 * m.mlp
         return 2 * self._norm + c * numbers + (4 * (m.heads + m.kv_heads) if m.qk_norm else 0)
 
     def head_held(self, batch: Packed) -> int:

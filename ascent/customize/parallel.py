@@ -25,6 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ascent.customize.batch import TokenBatch
+from ascent.inference.tree import dealt
 from ascent.records.errors import AscentError, BadInput
 
 T = TypeVar("T")
@@ -44,13 +45,7 @@ def width() -> int:
 
 def share(sizes: Sequence[int]) -> list[list[int]]:
     """Deal work of these sizes to the processes, the largest first to whoever has least; indices by process."""
-    shares: list[list[int]] = [[] for _ in range(width())]
-    load = [0] * width()
-    for index in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
-        least = load.index(min(load))
-        shares[least].append(index)
-        load[least] += sizes[index]
-    return [sorted(indices) for indices in shares]
+    return [sorted(part) for part in dealt(sizes, width())]
 
 
 def my_batches(batches: Sequence[TokenBatch]) -> list[TokenBatch]:

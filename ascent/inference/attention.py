@@ -8,38 +8,50 @@ Letters beside those of `decoder.py`: N siblings of L padded places, P nodes abo
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ascent.inference.tree import ROUND, SCORES, Family
+from ascent.inference import native
+from ascent.inference.tree import ROUND, SCORES, Family, Tree, dealt
+
+if TYPE_CHECKING:
+    from ascent.inference.decoder import DecoderConfig
+
+
+Plan = Sequence[Family] | native.Schedule
+STRETCH = 256  # tokens of a segment that one thread attends for at a time: long segments are shared among threads
 
 
 class _TreeAttention(torch.autograd.Function):
-    """softmax(q·kᵀ/√E)·v over what a node may see.
+    """softmax(q·kᵀ/√E)·v over what a node may see, tile by tile.
 
     Scores and weights are held in the compute type; the softmax itself and its gradient run in fp32 inside.
     """
 
     @staticmethod
-    def forward(ctx: Any, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, families: Sequence[Family]) -> Tensor:
-        out_THE = torch.zeros_like(q_THE)
+    def forward(ctx: Any, qkv_TNE: Tensor, kv_heads: int, families: Sequence[Family]) -> Tensor:
+        q_THE, k_TKE, v_TKE = _parted(qkv_TNE, kv_heads)
+        out_THE = torch.zeros_like(q_THE, memory_format=torch.contiguous_format)
         for family in families:
             tiles = _Tiles(family, q_THE, k_TKE, v_TKE)
             parts = [tiles.attend(begin, end) for begin, end in tiles.stretches()]
             tiles.scatter(out_THE, parts[0] if len(parts) == 1 else torch.cat(parts, 3))
-        ctx.save_for_backward(q_THE, k_TKE, v_TKE)
-        ctx.families = families
+        ctx.save_for_backward(qkv_TNE)
+        ctx.kv_heads, ctx.families = kv_heads, families
         return out_THE
 
     @staticmethod
-    def backward(ctx: Any, grad_THE: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        q_THE, k_TKE, v_TKE = ctx.saved_tensors
+    def backward(ctx: Any, grad_THE: Tensor) -> tuple[Tensor, None, None]:
+        (qkv_TNE,) = ctx.saved_tensors
+        q_THE, k_TKE, v_TKE = _parted(qkv_TNE, ctx.kv_heads)
         wide = torch.promote_types(k_TKE.dtype, torch.float32)  # keys of a prefix gather gradients from many tiles
-        grad_q, grad_k = torch.zeros_like(q_THE), torch.zeros_like(k_TKE, dtype=wide)
+        grad_q = torch.zeros_like(q_THE, memory_format=torch.contiguous_format)
+        grad_k = k_TKE.new_zeros(k_TKE.shape, dtype=wide)
         grad_v = torch.zeros_like(grad_k)
         for family in ctx.families:
             tiles = _Tiles(family, q_THE, k_TKE, v_TKE)
@@ -47,7 +59,29 @@ class _TreeAttention(torch.autograd.Function):
             parts = [tiles.differentiate(begin, end, grad_KNGLE) for begin, end in tiles.stretches()]
             tiles.scatter(grad_q, parts[0] if len(parts) == 1 else torch.cat(parts, 3))
             tiles.add_key_gradients(grad_k, grad_v)
-        return grad_q, grad_k.to(k_TKE.dtype), grad_v.to(v_TKE.dtype), None
+        return torch.cat((grad_q, grad_k.to(k_TKE.dtype), grad_v.to(v_TKE.dtype)), 1), None, None
+
+
+class _NativeAttention(torch.autograd.Function):
+    """The same by the kernels of `native`."""
+
+    @staticmethod
+    def forward(ctx: Any, qkv_TNE: Tensor, kv_heads: int, schedule: native.Schedule) -> Tensor:
+        out_THE, lse_TH = native.attention(qkv_TNE, kv_heads, schedule)
+        ctx.save_for_backward(qkv_TNE, out_THE, lse_TH)
+        ctx.kv_heads, ctx.schedule = kv_heads, schedule
+        return out_THE
+
+    @staticmethod
+    def backward(ctx: Any, grad_THE: Tensor) -> tuple[Tensor, None, None]:
+        qkv_TNE, out_THE, lse_TH = ctx.saved_tensors
+        grad = native.attention_slope(qkv_TNE, out_THE, lse_TH, grad_THE.contiguous(), ctx.kv_heads, ctx.schedule)
+        return grad, None, None
+
+
+def _parted(qkv_TNE: Tensor, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = torch.split(qkv_TNE, [qkv_TNE.shape[1] - 2 * kv_heads, kv_heads, kv_heads], 1)
+    return q, k, v
 
 
 class _Tiles:
@@ -166,7 +200,42 @@ def future(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.full((size, size), float("-inf"), dtype=dtype, device=device).triu_(1)
 
 
-def tree_attention(q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, families: Sequence[Family]) -> Tensor:
-    """Return [T, H, E]; nodes in no family get zeros."""
-    out: Tensor = _TreeAttention.apply(q_THE, k_TKE, v_TKE, families)  # type: ignore[no-untyped-call]
+def attention_plan(tree: Tree, config: DecoderConfig, dtype: torch.dtype, device: torch.device) -> Plan:
+    """How the attention of a tree's nodes is computed: the families of siblings, or the kernels' schedule."""
+    like = torch.empty(native.COLUMNS, dtype=dtype, device=device)
+    if config.head_size % native.COLUMNS == 0 and native.fits(like):
+        return schedule(tree, config.kv_heads, torch.get_num_threads())
+    return [family.to(device) for family in tree.families(config.heads)]
+
+
+def schedule(tree: Tree, kv_heads: int, parts: int) -> native.Schedule:
+    """Deal a tree's segments out to threads, by the scores that each task computes."""
+    tasks: list[list[int]] = []
+    stretches: list[tuple[int, int]] = []
+    costs: list[float] = []
+    known: dict[int, tuple[int, int]] = {}
+    for segment, (start, length, parent) in enumerate(zip(tree.starts, tree.lengths, tree.parents, strict=True)):
+        if parent not in known:
+            path = tree.above(parent)
+            known[parent] = (len(stretches), len(path))
+            stretches += path
+        for begin in range(0, length, STRETCH):
+            end = min(begin + STRETCH, length)
+            tasks.append([start, begin, end, *known[parent]])
+            costs.append((end - begin) * (tree.depths[segment] + (begin + end) / 2))
+    shares = dealt([cost for cost in costs for _ in range(kv_heads)], parts)
+    bounds = [0, *itertools.accumulate(map(len, shares))]
+    return native.Schedule(
+        tasks=torch.tensor(tasks),
+        stretches=torch.tensor(stretches, dtype=torch.long).view(-1, 2),
+        items=torch.tensor([item for share in shares for item in share], dtype=torch.long),
+        bounds=torch.tensor(bounds),
+        nodes=tree.nodes,
+    )
+
+
+def tree_attention(qkv_TNE: Tensor, kv_heads: int, plan: Plan) -> Tensor:
+    """Return [T, H, E] for queries, keys and values [T, H+2K, E]; nodes in no segment get zeros."""
+    kind = _NativeAttention if isinstance(plan, native.Schedule) else _TreeAttention
+    out: Tensor = kind.apply(qkv_TNE, kv_heads, plan)  # type: ignore[no-untyped-call]
     return out

@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ascent.inference.attention import tree_attention
-from ascent.inference.kernels import rms_norm, rotate, swiglu
+from ascent.inference import flex
+from ascent.inference.attention import attention_plan, tree_attention
+from ascent.inference.kernels import add_norm, rms_norm, rotate, swiglu
 from ascent.inference.lora import Linear, block_of
 from ascent.inference.tensors import read_tensors, write_tensors
 from ascent.inference.tree import Tree, rounded_up
@@ -112,6 +114,10 @@ class Norm(nn.Module):
         """Return x / rms(x) * weight, in x's dtype."""
         return rms_norm(x, self.weight.to(x.dtype), self.eps)
 
+    def after(self, x: Tensor, added: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return x + added (x itself without) and its norm."""
+        return add_norm(x, added, self.weight.to(x.dtype), self.eps)
+
 
 class Layer(nn.Module):
     """Pre-norm attention and SwiGLU; q/k/v and gate/up are one matrix product each."""
@@ -131,24 +137,25 @@ class Layer(nn.Module):
         self.norm_q = Norm(c.head_size, c.norm_eps) if c.qk_norm else None
         self.norm_k = Norm(c.head_size, c.norm_eps) if c.qk_norm else None
 
-    def project(self, x_TD: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Return q [T,H,E], k [T,K,E], v [T,K,E] with rotary positions applied to q and k."""
-        return self.turn(self.qkv(self.norm_attention(x_TD)), rope)
-
-    def turn(self, qkv: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Part q, k and v of [T, (H+2K)·E] and give q and k their norms, where there are any, and rotary positions."""
+    def turn(self, qkv: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        """Return [T, H+2K, E] from [T, (H+2K)·E]: q and k with their norms, if any, and rotary positions."""
         c = self.config
         qkv = qkv.view(len(qkv), -1, c.head_size)
-        qk, v = qkv[..., : -c.kv_heads, :], qkv[..., -c.kv_heads :, :]
         if self.norm_q is not None and self.norm_k is not None:
-            qk = torch.cat((self.norm_q(qk[..., : c.heads, :]), self.norm_k(qk[..., c.heads :, :])), -2)
-        qk = rotate(qk, rope)
-        return qk[..., : c.heads, :], qk[..., c.heads :, :], v
+            q, k, v = self.parted(qkv)
+            qkv = torch.cat((self.norm_q(q), self.norm_k(k), v), -2)
+        return rotate(qkv, rope, c.heads + c.kv_heads)
 
-    def mlp(self, x_TD: Tensor) -> Tensor:
-        """Add the SwiGLU block."""
-        added: Tensor = x_TD + self.down(swiglu(self.gate_up(self.norm_mlp(x_TD))))
-        return added
+    def parted(self, qkv_TNE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Part [T, H+2K, E] into q [T,H,E], k [T,K,E] and v [T,K,E]."""
+        c = self.config
+        q, k, v = torch.split(qkv_TNE, [c.heads, c.kv_heads, c.kv_heads], -2)
+        return q, k, v
+
+    def mlp(self, normed_TD: Tensor) -> Tensor:
+        """The SwiGLU block."""
+        out: Tensor = self.down(swiglu(self.gate_up(normed_TD)))
+        return out
 
 
 class Decoder(nn.Module):
@@ -198,15 +205,23 @@ class Decoder(nn.Module):
 
     def hidden_packed(self, tokens_T: Tensor, tree: Tree) -> Tensor:
         """Return the final hidden states [T, D] of a tree's tokens; each sees its path and nothing else."""
-        spare = rounded_up(tree.nodes, TOKENS) - tree.nodes
-        rope = self.rope(F.pad(tree.positions_T, (0, spare)).to(tokens_T.device))
-        families = [family.to(tokens_T.device) for family in tree.families(self.config.heads)]
-        x = self.embed(F.pad(tokens_T, (0, spare)))
+        size, device, kv_heads = rounded_up(tree.nodes, TOKENS), tokens_T.device, self.config.kv_heads
+        spare = size - tree.nodes
+        rope = self.rope(F.pad(tree.positions_T, (0, spare)).to(device))
+        attend: Callable[[Tensor], Tensor]
+        if flex.fits(self.config.head_size, self.dtype, device):
+            attend = partial(flex.flex_tree_attention, kv_heads=kv_heads, mask=flex.tree_mask(tree, size, device))
+        else:
+            plan = attention_plan(tree, self.config, self.dtype, device)
+            attend = partial(tree_attention, kv_heads=kv_heads, plan=plan)
+        x, added = self.embed(F.pad(tokens_T, (0, spare))), None
         for layer in self.blocks:
-            q, k, v = layer.project(x, rope)
-            x = layer.mlp(x + layer.out(tree_attention(q, k, v, families).flatten(1)))
-        final: Tensor = self.norm(x[: tree.nodes])
-        return final
+            x, normed = layer.norm_attention.after(x, added)
+            attended = attend(layer.turn(layer.qkv(normed), rope))
+            x, normed = layer.norm_mlp.after(x, layer.out(attended.flatten(1)))
+            added = layer.mlp(normed)
+        _, final = self.norm.after(x, added)
+        return final[: tree.nodes]
 
     def save(self, folder: Path) -> None:
         """Write `model.safetensors` under Hugging Face names, any adapter merged, in the weights' own dtype."""

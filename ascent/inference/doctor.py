@@ -64,6 +64,7 @@ def examine(store: Store, *, network: bool = False, seconds: float = 1.0) -> Ite
     yield check_pip()
     if torch.level != "fail":
         yield check_accelerator()
+        yield check_kernels()
         yield check_speed(seconds)
     yield from check_extras()
     if network:
@@ -183,6 +184,17 @@ def check_accelerator() -> Check:
         remedy = "install a CUDA build of the same torch version, or update the driver"
         return Check("accelerator", "warn", "an NVIDIA driver is here, but torch cannot use it", remedy)
     return Check("accelerator", "ok", "none; the CPU does the work")
+
+
+def check_kernels() -> Check:
+    """Whether the kernels in C can be used on this processor; they are compiled now if they were not before."""
+    from ascent.inference import native
+
+    problem = native.problem()
+    if not problem:
+        return Check("kernels", "ok", "compiled for this processor")
+    remedy = "install gcc: training is then about a quarter faster" if "no gcc" in problem else ""
+    return Check("kernels", "warn" if remedy else "ok", f"plain tensor operations: {problem}", remedy)
 
 
 def check_speed(seconds: float) -> Check:

@@ -18,8 +18,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from ascent.inference import native
+
 Buffers = tuple[Tensor, Tensor, Tensor]
 CHUNK = 128  # rows: 128 × 49,152 fp32 logits are 25 MB, about one L3 cache
+NATIVE_CHUNK = 256  # the same in bf16
 
 
 class _LogpEntropy(torch.autograd.Function):
@@ -39,22 +42,10 @@ class _LogpEntropy(torch.autograd.Function):
         temperature: float,
         want_entropy: bool,
     ) -> tuple[Tensor, Tensor]:
-        logp = torch.empty(len(hidden_MD), dtype=torch.float32, device=hidden_MD.device)
-        entropy = torch.zeros_like(logp)
         early = ctx.needs_input_grad[0] and not ctx.needs_input_grad[1]
-        slope_MD = torch.empty_like(hidden_MD) if early else None
-        buffers = _buffers(hidden_MD, weight_VD)
-        for rows in _chunks(len(hidden_MD)):
-            logp_cV = target_log_softmax(hidden_MD[rows], weight_VD, targets_M[rows], temperature, buffers)
-            logp[rows] = logp_cV.gather(1, targets_M[rows, None]).squeeze(1)
-            if not (want_entropy or early):
-                continue
-            p_cV = torch.exp(logp_cV, out=buffers[1][: len(logp_cV)])
-            if want_entropy:
-                entropy[rows] = -(p_cV[:, None] @ logp_cV[:, :, None]).flatten()
-            if slope_MD is not None:
-                p_cV[torch.arange(len(p_cV)), targets_M[rows]] -= 1
-                slope_MD[rows] = buffers[0][: len(p_cV)].copy_(p_cV) @ weight_VD
+        whole = native.fits(hidden_MD, weight_VD) and len(weight_VD) % native.LANES == 0
+        measure = _native_chunks if whole else _chunks_in_fp32
+        logp, entropy, slope_MD = measure(hidden_MD, weight_VD, targets_M, temperature, want_entropy, early)
         ctx.save_for_backward(hidden_MD, weight_VD, targets_M, entropy, slope_MD)
         ctx.temperature = temperature
         ctx.set_materialize_grads(False)
@@ -88,6 +79,49 @@ class _LogpEntropy(torch.autograd.Function):
             if grad_weight is not None:
                 grad_weight += grad.T @ hidden[rows].float()
         return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None
+
+
+def _chunks_in_fp32(
+    hidden_MD: Tensor, weight_VD: Tensor, targets_M: Tensor, temperature: float, want_entropy: bool, want_slope: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Log-probs and entropies [M], and the gradient of each row's negative log-prob in its hidden state [M, D]."""
+    logp = torch.empty(len(hidden_MD), dtype=torch.float32, device=hidden_MD.device)
+    entropy = torch.zeros_like(logp)
+    slope_MD = torch.empty_like(hidden_MD) if want_slope else None
+    buffers = _buffers(hidden_MD, weight_VD)
+    for rows in _chunks(len(hidden_MD)):
+        logp_cV = target_log_softmax(hidden_MD[rows], weight_VD, targets_M[rows], temperature, buffers)
+        logp[rows] = logp_cV.gather(1, targets_M[rows, None]).squeeze(1)
+        if not (want_entropy or want_slope):
+            continue
+        p_cV = torch.exp(logp_cV, out=buffers[1][: len(logp_cV)])
+        if want_entropy:
+            entropy[rows] = -(p_cV[:, None] @ logp_cV[:, :, None]).flatten()
+        if slope_MD is not None:
+            p_cV[torch.arange(len(p_cV)), targets_M[rows]] -= 1
+            slope_MD[rows] = buffers[0][: len(p_cV)].copy_(p_cV) @ weight_VD
+    return logp, entropy, slope_MD
+
+
+def _native_chunks(
+    hidden_MD: Tensor, weight_VD: Tensor, targets_M: Tensor, temperature: float, want_entropy: bool, want_slope: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The same by a kernel that works on the logits where they lie."""
+    logp = torch.empty(len(hidden_MD), dtype=torch.float32)
+    entropy = torch.zeros_like(logp)
+    slope_MD = torch.empty_like(hidden_MD) if want_slope else None
+    buffer = hidden_MD.new_empty(min(NATIVE_CHUNK, len(hidden_MD)), len(weight_VD))
+    for rows in _chunks(len(hidden_MD), NATIVE_CHUNK):
+        logits_cV = torch.mm(hidden_MD[rows], weight_VD.T, out=buffer[: rows.stop - rows.start])
+        exact_c = _exact_logit(hidden_MD[rows], weight_VD, targets_M[rows])
+        logp[rows], found = native.target_logp(
+            logits_cV, targets_M[rows], exact_c, temperature, entropy=want_entropy, slope=want_slope
+        )
+        if found is not None:
+            entropy[rows] = found
+        if slope_MD is not None:
+            torch.mm(logits_cV, weight_VD, out=slope_MD[rows])
+    return logp, entropy, slope_MD
 
 
 def logp_and_entropy(
@@ -190,5 +224,5 @@ def _exact_logit(hidden_MD: Tensor, weight_VD: Tensor, targets_M: Tensor) -> Ten
     return (hidden_MD.float() * weight_VD[targets_M].float()).sum(-1)
 
 
-def _chunks(count: int) -> list[slice]:
-    return [slice(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK)]
+def _chunks(count: int, size: int = CHUNK) -> list[slice]:
+    return [slice(start, min(start + size, count)) for start in range(0, count, size)]

@@ -25,6 +25,17 @@ def rounded_up(size: int, step: int) -> int:
     return -(-size // step) * step
 
 
+def dealt(costs: Sequence[float], parts: int) -> list[list[int]]:
+    """Deal pieces of work out so that the parts cost about the same: the largest first, each to the least busy part."""
+    found: list[list[int]] = [[] for _ in range(parts)]
+    busy = [0.0] * parts
+    for piece in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+        part = min(range(parts), key=lambda p: (busy[p], p))
+        found[part].append(piece)
+        busy[part] += costs[piece]
+    return found
+
+
 @dataclass(frozen=True)
 class Family:
     """Sibling segments of about one length, in a padded view [rows, longest]; letters: N = rows, L = longest.

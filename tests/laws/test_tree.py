@@ -78,7 +78,7 @@ def test_attention_over_a_tree_is_attention_along_its_paths(seed: int, tile: int
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tree, "SCORES", tile)
         patch.setattr(attention, "SCORES", tile)
-        found = tree_attention(q, k, v, list(layout.families(6)))
+        found = tree_attention(torch.cat((q, k, v), 1), 2, list(layout.families(6)))
         got = torch.autograd.grad(found, (q, k, v), upstream)
     torch.testing.assert_close(found, wanted)
     torch.testing.assert_close(got, torch.autograd.grad(wanted, (q, k, v), upstream))
@@ -99,7 +99,7 @@ def test_memory_grows_with_tokens_and_not_with_their_square() -> None:
             return out
 
     with Watch():
-        tree_attention(q, k, v, list(layout.families(4))).sum().backward()
+        tree_attention(torch.cat((q, k, v), 1), 2, list(layout.families(4))).sum().backward()
     assert largest <= 2 * attention.SCORES < 4 * 3000 * 3000
 
 

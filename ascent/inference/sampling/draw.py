@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ascent.inference import native
 from ascent.inference.head import exact_logp
 
 BLOCK = 256  # probabilities summed at a time: the cumulative distribution is searched among blocks, then within one
@@ -27,10 +28,21 @@ def draw(
     One uniform number per token picks it by the inverse of the cumulative distribution, so that a row's tokens do not
     depend on which other rows are in the batch. `product` is hidden · headᵀ where a faster one is at hand.
     """
-    logits_BV = (hidden_BD @ head_VD.T if product is None else product(hidden_BD)).float()
+    logits_BV = hidden_BD @ head_VD.T if product is None else product(hidden_BD)
     if uniform_B is None:
         temperature = 1.0
-    elif temperature != 1.0:
+    if native.fits(logits_BV) and (uniform_B is None or top_p >= 1):
+        tokens_B, rounded_B, lse_B = native.pick_tokens(logits_BV, uniform_B, temperature)
+    else:
+        tokens_B, rounded_B, lse_B = _picked(logits_BV.float(), temperature, top_p, uniform_B)
+    return tokens_B, exact_logp(hidden_BD, head_VD, tokens_B, rounded_B, lse_B, temperature)
+
+
+def _picked(
+    logits_BV: Tensor, temperature: float, top_p: float, uniform_B: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Each row's token, its logit / temperature, and the logarithm of the normaliser."""
+    if temperature != 1.0:
         logits_BV = logits_BV / temperature
     p_BV = logits_BV.softmax(-1)
     if uniform_B is None:
@@ -38,8 +50,7 @@ def draw(
     else:
         tokens_B = pick(nucleus(p_BV, top_p) if top_p < 1 else p_BV, uniform_B)
     rounded_B = logits_BV.gather(1, tokens_B[:, None]).squeeze(1)
-    lse_B = rounded_B - p_BV.gather(1, tokens_B[:, None]).squeeze(1).log()
-    return tokens_B, exact_logp(hidden_BD, head_VD, tokens_B, rounded_B, lse_B, temperature)
+    return tokens_B, rounded_B, rounded_B - p_BV.gather(1, tokens_B[:, None]).squeeze(1).log()
 
 
 def pick(p_BV: Tensor, uniform_B: Tensor) -> Tensor:

@@ -42,21 +42,24 @@ def prefill(weights: Weights, tails: Sequence[Sequence[int]], common: Common, si
     count, longest = len(tails), max(map(len, tails))
     spare = rounded_up(count * longest, TOKENS) - count * longest
     filled = torch.tensor([[*tail, *[0] * (longest - len(tail))] for tail in tails], device=model.device)
-    x = model.embed(F.pad(filled.flatten(), (0, spare)))
+    x, added = model.embed(F.pad(filled.flatten(), (0, spare))), None
     positions_L = torch.arange(common.length, common.length + longest, device=model.device)
     rope = model.rope(F.pad(positions_L.repeat(count), (0, spare)))
     causal = _causal(weights, longest, common.length)
     for index, layer in enumerate(weights.layers):
-        q, k, v = (part[: count * longest].view(count, longest, *part.shape[1:]) for part in layer.project(x, rope))
+        x, qkv = layer.attend(x, added, rope)
+        q, k, v = layer.layer.parted(qkv[: count * longest].view(count, longest, *qkv.shape[1:]))
         keys, values = k.permute(0, 2, 3, 1), v.transpose(1, 2)
         if common.length:
             keys = torch.cat((common.keys[index].expand(count, -1, -1, -1), keys), -1)
             values = torch.cat((common.values[index].expand(count, -1, -1, -1), values), -2)
         sink(index, keys, values)
         attended_NLD = _attend_prompts(q, keys, values, causal).flatten(2)
-        x = layer.finish(F.pad(attended_NLD.flatten(0, 1), (0, 0, 0, spare)), x)
+        x, added = layer.finish(F.pad(attended_NLD.flatten(0, 1), (0, 0, 0, spare)), x)
     last = torch.tensor([at * longest + len(tail) - 1 for at, tail in enumerate(tails)], device=model.device)
-    final: Tensor = model.norm(x.index_select(0, last))
+    if added is not None:
+        x = x.index_select(0, last) + added.index_select(0, last)
+    final: Tensor = model.norm(x)
     return final
 
 
@@ -92,14 +95,14 @@ def step(weights: Weights, cache: Cache, tokens_B: Tensor) -> Tensor:
     """Add one token to every row in flight and return the final hidden states [B, D], padding rows included."""
     reach = cache.advance()
     rope = weights.model.rope(reach.positions_B)
-    x = weights.model.embed(F.pad(tokens_B, (0, reach.rows - len(tokens_B))))
+    x, added = weights.model.embed(F.pad(tokens_B, (0, reach.rows - len(tokens_B)))), None
     for index, layer in enumerate(weights.layers):
-        q, k, v = layer.project(x, rope)
+        x, qkv = layer.attend(x, added, rope)
+        q, k, v = layer.layer.parted(qkv)
         cache.own.keys[index][: reach.rows, ..., reach.column] = k
         cache.own.values[index][: reach.rows, :, reach.column] = v
-        x = layer.finish(_attend(q, cache, index, reach), x)
-    final: Tensor = weights.model.norm(x)
-    return final
+        x, added = layer.finish(_attend(q, cache, index, reach), x)
+    return weights.model.norm.after(x, added)[1]
 
 
 def _attend(q_BHE: Tensor, cache: Cache, index: int, reach: Reach) -> Tensor:

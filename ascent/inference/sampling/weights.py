@@ -35,14 +35,15 @@ class LayerWeights:
     gate_up: Product
     down: Product
 
-    def project(self, x_TD: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """As `Layer.project`."""
-        return self.layer.turn(self.qkv(self.layer.norm_attention(x_TD)), rope)
+    def attend(self, x_TD: Tensor, added: Tensor | None, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return the layer's input, x + added, and q, k and v of its tokens [T, H+2K, E] at their positions."""
+        x_TD, normed = self.layer.norm_attention.after(x_TD, added)
+        return x_TD, self.layer.turn(self.qkv(normed), rope)
 
-    def finish(self, attended_TD: Tensor, x_TD: Tensor) -> Tensor:
-        """Return the layer's output, given its input and what its heads attended to."""
-        x_TD = self.out(attended_TD).add_(x_TD)
-        return self.down(swiglu(self.gate_up(self.layer.norm_mlp(x_TD)))).add_(x_TD)
+    def finish(self, attended_TD: Tensor, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the state after attention, and what the rest of the layer adds to it."""
+        x_TD, normed = self.layer.norm_mlp.after(x_TD, self.out(attended_TD))
+        return x_TD, self.down(swiglu(self.gate_up(normed)))
 
 
 class Packed:
