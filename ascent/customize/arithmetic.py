@@ -15,15 +15,17 @@ from dataclasses import dataclass
 import torch
 
 from ascent.customize.batch import TokenBatch
+from ascent.inference import native
 from ascent.inference.cache import STEP, layout
 from ascent.inference.decoder import TOKENS, Decoder, DecoderConfig
-from ascent.inference.head import CHUNK
+from ascent.inference.head import CHUNK, NATIVE_CHUNK
 from ascent.inference.lora import LoraConfig
 from ascent.inference.sampler import PREFILL_TOKENS
 from ascent.inference.sampling.passes import QUERIES
 from ascent.inference.sampling.weights import PACKED_BYTES
 from ascent.inference.tree import ROUND, SCORES, Tree, rounded_up
 
+BF16 = 2  # bytes
 CAST = 24
 """Bytes per trainable number of a linear layer and micro-batch: cast to the compute type, its gradient cast back (2·6)
 and added to what is there (12)."""
@@ -272,8 +274,8 @@ class Shapes:
     def layer_kept(self) -> int:
         """Bytes per token that one layer keeps for its backward pass.
 
-        What both norms keep; the inputs of linear layers that train, and the adapter's middle; q, k and v in one buffer,
-        as rotated; gate and up. With norms of q and k, also the buffer before them, and the inverse of their lengths.
+        What both norms keep; the inputs of linear layers that train, and the adapter's middle; q, k and v as rotated,
+        in one buffer; gate and up. With norms of q and k, also the buffer before them, and the inverse of their lengths.
         """
         m, c = self.config, self.size
         q, kv = m.heads * m.head_size, m.kv_heads * m.head_size
@@ -284,13 +286,17 @@ class Shapes:
     def head_held(self, batch: Packed) -> int:
         """Bytes while the head runs.
 
-        Logits of one chunk in the compute type and twice in fp32; the hidden states of all tokens and, picked and
-        rounded up, of the predictions, and their slope or gradient. When the head trains: its gradient in fp32, what is
-        added to that or the gradient of the logits in a lower compute type, and its copy in that.
+        Logits of one chunk in the compute type, and twice in fp32 where no kernel works on them in place; the hidden
+        states of all tokens and, picked and rounded up, of the predictions, and their slope or gradient. When the head
+        trains: its gradient in fp32, what is added to that or the gradient of the logits in a lower compute type, and
+        its copy in that.
         """
         m, c = self.config, self.size
         chunk = min(CHUNK, batch.rows) * m.vocab
-        held = chunk * (c + 8) + (batch.tree.nodes + batch.predictions + 2 * batch.rows) * m.width * c
+        logits = chunk * (c + 8)
+        if self.adapter is not None and c == BF16 and native.library() is not None:
+            logits = min(NATIVE_CHUNK, batch.rows) * m.vocab * c
+        held = logits + (batch.tree.nodes + batch.predictions + 2 * batch.rows) * m.width * c
         if self.adapter is None:
             low = c if c < 4 else 0
             held += self.head_weight * (4 + low) + max(4 * self.head_weight, low * chunk)
