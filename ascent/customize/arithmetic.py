@@ -275,7 +275,7 @@ class Shapes:
         """Bytes per token that one layer keeps for its backward pass.
 
         What both norms keep; the inputs of linear layers that train, and the adapter's middle; q, k and v as rotated,
-        in one buffer; gate and up. With norms of q and k, also the buffer before them, and the inverse of their lengths.
+        in one buffer; gate and up. With norms of q and k, also the buffer before them, and the inverses of lengths.
         """
         m, c = self.config, self.size
         q, kv = m.heads * m.head_size, m.kv_heads * m.head_size
