@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -153,3 +154,18 @@ def test_sampled_log_probs_are_those_of_the_tensor_operations(monkeypatch: pytes
     assert (found[0] == wanted[0]).float().mean() > 0.9  # rounding moves a border now and then
     same = found[0] == wanted[0]
     torch.testing.assert_close(found[1][same], wanted[1][same], rtol=1e-3, atol=1e-3)
+
+
+def test_code_that_others_could_have_written_is_not_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ASCENT_HOME", str(tmp_path))
+    place = tmp_path / "native"
+    native._built.cache_clear()
+    try:
+        assert native.problem() == ""  # compiled into the empty folder
+        assert len(list(place.glob("*.so"))) == 1
+        assert place.stat().st_mode & 0o777 == 0o700
+        place.chmod(0o777)
+        native._built.cache_clear()
+        assert "others could write" in native.problem()
+    finally:
+        native._built.cache_clear()

@@ -14,6 +14,7 @@ import ctypes
 import hashlib
 import os
 import shutil
+import stat
 import subprocess
 import tempfile
 from dataclasses import dataclass
@@ -49,6 +50,8 @@ def _built() -> ctypes.CDLL | str:
     """Compile the kernels, unless that was done before, and load them; or say why not."""
     if os.environ.get("ASCENT_NATIVE") == "0":
         return "switched off by ASCENT_NATIVE=0"
+    if os.name != "posix":
+        return "they are made for POSIX systems"
     if not torch.cpu._is_avx512_bf16_supported():
         return "this processor has no bf16 dot products in AVX-512"
     compiler = shutil.which("gcc")
@@ -67,7 +70,10 @@ def _built() -> ctypes.CDLL | str:
                 return f"gcc could not be run: {error}"
             if done.returncode != 0:
                 return f"gcc could not compile the kernels: {(done.stderr.strip().splitlines() or ['?'])[-1]}"
+            made.chmod(0o700)
             made.replace(place)  # another process may have done the same meanwhile
+    if not _only_ours(place.parent) or not _only_ours(place):
+        return f"others could write to {place.parent}, from which code would be loaded; make it yours alone"
     try:
         return ctypes.CDLL(str(place))
     except OSError as error:
@@ -76,6 +82,12 @@ def _built() -> ctypes.CDLL | str:
 
 def _folder() -> Path:
     return Path(os.environ.get("ASCENT_HOME") or Path.home() / ".cache" / "ascent") / "native"
+
+
+def _only_ours(place: Path) -> bool:
+    """Whether nobody but this user (and the system's) can write there."""
+    found = place.stat()
+    return found.st_uid in (0, os.getuid()) and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
 
 
 def _fingerprint(compiler: str) -> str:
