@@ -35,7 +35,7 @@ class _TreeAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, qkv_TNE: Tensor, kv_heads: int, families: Sequence[Family]) -> Tensor:
-        q_THE, k_TKE, v_TKE = _parted(qkv_TNE, kv_heads)
+        q_THE, k_TKE, v_TKE = parted(qkv_TNE, kv_heads)
         out_THE = torch.zeros_like(q_THE, memory_format=torch.contiguous_format)
         for family in families:
             tiles = _Tiles(family, q_THE, k_TKE, v_TKE)
@@ -48,7 +48,7 @@ class _TreeAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_THE: Tensor) -> tuple[Tensor, None, None]:
         (qkv_TNE,) = ctx.saved_tensors
-        q_THE, k_TKE, v_TKE = _parted(qkv_TNE, ctx.kv_heads)
+        q_THE, k_TKE, v_TKE = parted(qkv_TNE, ctx.kv_heads)
         wide = torch.promote_types(k_TKE.dtype, torch.float32)  # keys of a prefix gather gradients from many tiles
         grad_q = torch.zeros_like(q_THE, memory_format=torch.contiguous_format)
         grad_k = k_TKE.new_zeros(k_TKE.shape, dtype=wide)
@@ -79,8 +79,9 @@ class _NativeAttention(torch.autograd.Function):
         return grad, None, None
 
 
-def _parted(qkv_TNE: Tensor, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v = torch.split(qkv_TNE, [qkv_TNE.shape[1] - 2 * kv_heads, kv_heads, kv_heads], 1)
+def parted(qkv_TNE: Tensor, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Part [.., H+2K, E] into q [.., H, E], k and v [.., K, E]."""
+    q, k, v = torch.split(qkv_TNE, [qkv_TNE.shape[-2] - 2 * kv_heads, kv_heads, kv_heads], -2)
     return q, k, v
 
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ascent.inference import flex
-from ascent.inference.attention import attention_plan, tree_attention
+from ascent.inference.attention import attention_plan, parted, tree_attention
 from ascent.inference.kernels import add_norm, rms_norm, rotate, swiglu
 from ascent.inference.lora import Linear, block_of
 from ascent.inference.tensors import read_tensors, write_tensors
@@ -142,15 +142,9 @@ class Layer(nn.Module):
         c = self.config
         qkv = qkv.view(len(qkv), -1, c.head_size)
         if self.norm_q is not None and self.norm_k is not None:
-            q, k, v = self.parted(qkv)
+            q, k, v = parted(qkv, c.kv_heads)
             qkv = torch.cat((self.norm_q(q), self.norm_k(k), v), -2)
         return rotate(qkv, rope, c.heads + c.kv_heads)
-
-    def parted(self, qkv_TNE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Part [T, H+2K, E] into q [T,H,E], k [T,K,E] and v [T,K,E]."""
-        c = self.config
-        q, k, v = torch.split(qkv_TNE, [c.heads, c.kv_heads, c.kv_heads], -2)
-        return q, k, v
 
     def mlp(self, normed_TD: Tensor) -> Tensor:
         """The SwiGLU block."""

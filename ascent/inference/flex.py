@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
+from ascent.inference.attention import parted
 from ascent.inference.tree import Tree
 
 LEAST_HEAD = 16  # head size below which the kernels refuse
@@ -67,8 +68,7 @@ def flex_tree_attention(qkv_TNE: Tensor, kv_heads: int, mask: BlockMask) -> Tens
 
     Off CUDA the same is computed without a kernel, from all T² scores: for tests.
     """
-    parts = torch.split(qkv_TNE, [qkv_TNE.shape[1] - 2 * kv_heads, kv_heads, kv_heads], 1)
-    q, k, v = (part.transpose(0, 1)[None] for part in parts)
+    q, k, v = (part.transpose(0, 1)[None] for part in parted(qkv_TNE, kv_heads))
     attend = compiled() if qkv_TNE.is_cuda else cast("Callable[..., Tensor]", flex_attention)
     out = attend(q, k, v, block_mask=mask, enable_gqa=True)
     return out[0].transpose(0, 1)

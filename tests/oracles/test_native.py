@@ -32,8 +32,8 @@ def away(found: Tensor, wanted: Tensor) -> float:
         return float((found.double() - wanted.double()).norm() / wanted.double().norm())
 
 
-def both_ways(function, *inputs: Tensor) -> None:  # type: ignore[no-untyped-def]
-    """Values and gradients of all outputs in bf16, by the kernels, and in float64, without them."""
+def assert_near_float64(function, *inputs: Tensor) -> None:  # type: ignore[no-untyped-def]
+    """Values and gradients of all outputs, in bf16 by the kernels, are within rounding of those in float64 without."""
     found = []
     for dtype in (torch.bfloat16, torch.float64):
         leaves = [x.to(dtype, copy=True).requires_grad_() for x in inputs]
@@ -47,18 +47,18 @@ def both_ways(function, *inputs: Tensor) -> None:  # type: ignore[no-untyped-def
 
 def test_norms() -> None:
     x, added, weight = drawn(37, 96), drawn(37, 96, seed=1), drawn(96, seed=2)
-    both_ways(lambda x, w: rms_norm(x, w, 1e-5), x, weight)
-    both_ways(lambda x, a, w: add_norm(x, a, w, 1e-5), x, added, weight)
+    assert_near_float64(lambda x, w: rms_norm(x, w, 1e-5), x, weight)
+    assert_near_float64(lambda x, a, w: add_norm(x, a, w, 1e-5), x, added, weight)
 
 
 def test_swiglu() -> None:
-    both_ways(swiglu, 4 * drawn(37, 192))
+    assert_near_float64(swiglu, 4 * drawn(37, 192))
 
 
 def test_rotation_turns_the_first_heads_and_back() -> None:
     x, angles = drawn(37, 5, 64), drawn(37, 1, 32, seed=1).float()
     cos, sin = angles.cos().bfloat16(), angles.sin().bfloat16()
-    both_ways(lambda x: rotate(x, (cos.to(x.dtype), sin.to(x.dtype)), 4), x)
+    assert_near_float64(lambda x: rotate(x, (cos.to(x.dtype), sin.to(x.dtype)), 4), x)
     assert torch.equal(rotate(x, (cos, sin), 4)[:, 4], x[:, 4])
 
 

@@ -112,3 +112,13 @@ def test_torch_that_does_not_load(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     assert "pip install" in found["torch"].remedy
     assert "speed" not in found
     assert "disk" in found
+
+
+def test_kernels_that_only_lack_a_compiler_come_with_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ascent.inference import native
+
+    for problem, level in (("", "ok"), ("there is no gcc", "warn"), ("switched off by ASCENT_NATIVE=0", "ok")):
+        monkeypatch.setattr(native, "problem", lambda problem=problem: problem)
+        check = doctor.check_kernels()
+        assert (check.level, problem in check.found) == (level, True)
+        assert ("install gcc" in check.remedy) == (level == "warn")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ascent.inference.attention import parted
 from ascent.inference.cache import Cache, Common, Reach
 from ascent.inference.sampling.weights import Weights
 from ascent.inference.tree import rounded_up
@@ -48,7 +49,7 @@ def prefill(weights: Weights, tails: Sequence[Sequence[int]], common: Common, si
     causal = _causal(weights, longest, common.length)
     for index, layer in enumerate(weights.layers):
         x, qkv = layer.attend(x, added, rope)
-        q, k, v = layer.layer.parted(qkv[: count * longest].view(count, longest, *qkv.shape[1:]))
+        q, k, v = parted(qkv[: count * longest].view(count, longest, *qkv.shape[1:]), model.config.kv_heads)
         keys, values = k.permute(0, 2, 3, 1), v.transpose(1, 2)
         if common.length:
             keys = torch.cat((common.keys[index].expand(count, -1, -1, -1), keys), -1)
@@ -98,7 +99,7 @@ def step(weights: Weights, cache: Cache, tokens_B: Tensor) -> Tensor:
     x, added = weights.model.embed(F.pad(tokens_B, (0, reach.rows - len(tokens_B)))), None
     for index, layer in enumerate(weights.layers):
         x, qkv = layer.attend(x, added, rope)
-        q, k, v = layer.layer.parted(qkv)
+        q, k, v = parted(qkv, cache.config.kv_heads)
         cache.own.keys[index][: reach.rows, ..., reach.column] = k
         cache.own.values[index][: reach.rows, :, reach.column] = v
         x, added = layer.finish(_attend(q, cache, index, reach), x)
