@@ -471,14 +471,14 @@ def test_price_and_json(use_case: Path, store: Store) -> None:
 
 
 @pytest.mark.slow
-def test_a_real_model_takes_what_was_planned(store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_real_model_takes_what_was_planned(
+    store: Store, smollm2: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Two short SFT runs of SmolLM2: memory within a quarter; time, once a run was seen, within half.
 
     The bounds are those of a shared machine, whose speed halves when others compute.
     """
-    name = "smollm2-135m-instruct"
-    start = Store().resolve(name)
-    template = {"algorithm": "sft", "model": name, "data": "none.jsonl", "batch_size": 8, "token_budget": 1024}
+    template = {"algorithm": "sft", "model": "smollm2", "data": "none.jsonl", "batch_size": 8, "token_budget": 1024}
     dice = random.Random(0)
     talks = [
         (
@@ -487,12 +487,11 @@ def test_a_real_model_takes_what_was_planned(store: Store, tmp_path: Path, capsy
         )
         for i in range(48)
     ]
-    data = TrainingData(conversations=talks)
-    outcomes = []
+    data, outcomes = TrainingData(conversations=talks), []
     for seed in range(2):
-        recipe = SupervisedRecipe.model_validate({**template, "seed": seed})
-        found = plan(recipe, start, data, store=store)
-        card = train(recipe, start, data, tmp_path / str(seed))
+        recipe = SupervisedRecipe.model_validate(template | {"seed": seed})
+        found = plan(recipe, smollm2, data, store=store)
+        card = train(recipe, smollm2, data, tmp_path / str(seed))
         outcomes.append(record_outcome(found, card, tmp_path / str(seed), store=store))
     with capsys.disabled():
         sys.stderr.write("".join(f"\n{o.predicted} predicted, {o.actual} actual, {o.error}" for o in outcomes))
