@@ -9,7 +9,9 @@ import pytest
 import torch
 from laws.helpers import write_tiny_model, write_use_case
 
+from ascent.inference.pull import pull
 from ascent.inference.store import Store
+from ascent.records.errors import UnknownName
 
 torch.set_num_threads(1)  # sums round by thread count, and some tests compare with a one-thread process bit for bit
 
@@ -23,6 +25,18 @@ def own_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ASCENT_HOME", str(home))
         yield
+
+
+@pytest.fixture(scope="session")
+def smollm2(request: pytest.FixtureRequest) -> Path:
+    """SmolLM2-135M-Instruct: of this machine's store, else fetched where slow tests run, which have the time for it."""
+    name = "smollm2-135m-instruct"
+    try:
+        return Store().resolve(name)
+    except UnknownName:
+        if request.config.option.markexpr == "not slow":
+            pytest.skip(f"{name} is not in this machine's model store; fetch it with: ascent models pull {name}")
+    return pull(name, Store())
 
 
 @pytest.fixture(scope="session")

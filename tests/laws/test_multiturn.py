@@ -27,9 +27,8 @@ from ascent.inference.decoder import load_decoder
 from ascent.inference.engine import Completion, Prompt, Sampling
 from ascent.inference.engines.scripted import ScriptedEngine
 from ascent.inference.engines.torch import TorchEngine
-from ascent.inference.store import Store
 from ascent.records import Episode, FinishReason, Message, Task
-from ascent.records.errors import BadInput, UnknownName
+from ascent.records.errors import BadInput
 
 PROGRAM = '''
 import random
@@ -242,11 +241,8 @@ def test_continuing_equals_rendering_whole(bytewise: Renderer, messages: list[Me
     assert_turn_by_turn_is_the_template(bytewise, messages)
 
 
-def test_smollm2_continues_as_its_template_writes() -> None:
-    try:
-        renderer = Renderer(Store().resolve("smollm2-135m-instruct"))
-    except UnknownName:
-        pytest.skip("smollm2-135m-instruct is not in this machine's model store")
+def test_smollm2_continues_as_its_template_writes(smollm2: Path) -> None:
+    renderer = Renderer(smollm2)
     say = [("user", "Order: 5 mg/kg"), ("assistant", "call: dose(5, 70)"), ("tool", "350 mg"), ("tool", ""),
            ("assistant", ""), ("user", "\n\n so?"), ("assistant", "350 mg.")]  # fmt: skip
     for first in ([], [Message(role="system", content="Check.")]):

@@ -12,22 +12,17 @@ from transformers import AutoTokenizer
 
 from ascent.customize.sequences import conversation_sequences, pair_sequences
 from ascent.inference.chat import Renderer
-from ascent.inference.store import Store
 from ascent.records import Message, Preference
-from ascent.records.errors import UnknownName
 
 SAID = ["Take 1 tablet.", "", "  spaced out ", "naïve\n\ncafé 🙂", "a" * 90]
 ASKED = ["hi", "Take one tablet by mouth", "line one\nline two", "déjà vu?"]
 
 
-@pytest.fixture(scope="module", params=["tiny", "smollm2-135m-instruct"])
+@pytest.fixture(scope="module", params=["tiny", "smollm2"])
 def renderer(request: pytest.FixtureRequest, tiny_model: Path) -> Renderer:
     if request.param == "tiny":
         return Renderer(tiny_model)
-    try:
-        return Renderer(Store().resolve(request.param))
-    except UnknownName:
-        pytest.skip(f"{request.param} is not in this machine's model store; fetch it with: ascent models pull")
+    return Renderer(request.getfixturevalue("smollm2"))
 
 
 def conversation(turns: int, system: str | None, asked: list[str], said: list[str]) -> tuple[Message, ...]:

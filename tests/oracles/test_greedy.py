@@ -12,9 +12,7 @@ from ascent.inference.chat import Renderer
 from ascent.inference.decoder import load_decoder
 from ascent.inference.engine import Prompt, Sampling
 from ascent.inference.engines.torch import TorchEngine
-from ascent.inference.store import Store
 from ascent.records import Message
-from ascent.records.errors import UnknownName
 
 NAME = "smollm2-135m-instruct"
 QUESTIONS = [
@@ -28,21 +26,13 @@ QUESTIONS = [
 
 
 @pytest.fixture(scope="module")
-def folder() -> Path:
-    try:
-        return Store().resolve(NAME)
-    except UnknownName:
-        pytest.skip(f"{NAME} is not in this machine's model store; fetch it with: ascent models pull {NAME}")
+def theirs(smollm2: Path):
+    return AutoModelForCausalLM.from_pretrained(str(smollm2), dtype=torch.float32, local_files_only=True).eval()
 
 
 @pytest.fixture(scope="module")
-def theirs(folder: Path):
-    return AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32, local_files_only=True).eval()
-
-
-@pytest.fixture(scope="module")
-def engine(folder: Path) -> TorchEngine:
-    return TorchEngine(load_decoder(folder), Renderer(folder), NAME)
+def engine(smollm2: Path) -> TorchEngine:
+    return TorchEngine(load_decoder(smollm2), Renderer(smollm2), NAME)
 
 
 def generated(theirs, engine: TorchEngine, prompt: Prompt, tokens: int) -> list[int]:

@@ -288,25 +288,22 @@ def test_scores_join_the_episode_and_replace_older_ones() -> None:
 
 
 @pytest.fixture(scope="module")
-def real() -> YesNoJudge:
-    """SmolLM2-135M as a judge, from the store."""
+def real(smollm2: Path) -> YesNoJudge:
+    """SmolLM2-135M as a judge."""
     from ascent.inference.engines.torch import TorchEngine
-    from ascent.inference.store import Store
 
-    engine = TorchEngine.load(Store().resolve("smollm2-135m-instruct"), "smollm2")
+    engine = TorchEngine.load(smollm2, "smollm2")
     return YesNoJudge(engine, "Does the answer do what the instruction asks?", samples=4, retries=0)
 
 
 @pytest.mark.slow
-def test_a_real_models_p_yes_is_that_of_transformers(real: YesNoJudge) -> None:
+def test_a_real_models_p_yes_is_that_of_transformers(real: YesNoJudge, smollm2: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from ascent.inference.store import Store
-
     pairs = [pair("Paris", expected=None), pair("I do not know.", 1), pair("2 + 2 = 4", 2)]
     scores = YesNoJudge(real.engine, real.question, samples=48).grade(pairs)
-    model = AutoModelForCausalLM.from_pretrained(Store().resolve("smollm2-135m-instruct"), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
     renderer = real.engine.renderer  # type: ignore[attr-defined]
     for (task, episode), score in zip(pairs, scores, strict=True):
         ids = torch.tensor([renderer.prompt_ids(real._prompt(task, episode.text).messages)])

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -172,11 +174,8 @@ def test_templates_that_cannot_be_trained_on(tmp_path):
 
 
 @pytest.mark.slow
-def test_smollm2_renders_as_its_own_tokenizer_does():
-    from ascent.inference.pull import pull
-    from ascent.inference.store import Store
-
-    renderer = Renderer(pull("smollm2-135m-instruct", Store()))
+def test_smollm2_renders_as_its_own_tokenizer_does(smollm2: Path):
+    renderer = Renderer(smollm2)
     assert (renderer.end_ids, renderer.pad_id) == ({2}, 0)
     messages = [
         say("system", "Write JSON."),

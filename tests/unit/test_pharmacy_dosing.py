@@ -24,9 +24,7 @@ from ascent.inference.engine import Sampling
 from ascent.inference.engines.scripted import ScriptedEngine
 from ascent.inference.engines.torch import TorchEngine
 from ascent.inference.lora import LoraConfig
-from ascent.inference.store import Store
 from ascent.records import Task
-from ascent.records.errors import UnknownName
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "pharmacy"
 GRADERS = ["solved", "answered", "grounded", "reward"]
@@ -179,19 +177,15 @@ def share(groups: list[Group], name: str) -> float:
 
 @pytest.mark.slow
 def test_smollm2_learns_the_trade_from_demonstrations(
-    tasks_file: ModuleType, harness: MultiTurn, pool: GraderPool, capsys: pytest.CaptureFixture[str]
+    tasks_file: ModuleType, harness: MultiTurn, pool: GraderPool, smollm2: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Greedy success on orders of unseen drugs: nothing before, most of them after 240 expert episodes."""
-    try:
-        folder = Store().resolve("smollm2-135m-instruct")
-    except UnknownName:
-        pytest.skip("smollm2-135m-instruct is not in this machine's model store")
     tasks = rows_as_tasks(tasks_file.make(7, {"train": 1, "test": 40})["test"])
-    engine = TorchEngine.load(folder, "smollm2-135m-instruct")
+    engine = TorchEngine.load(smollm2, "smollm2-135m-instruct")
     greedy = Sampling(max_tokens=48, temperature=0)
     before = rollout(engine, tasks, pool, greedy, "solved", harness=harness)
     demos = demonstrations(tasks_file, engine.renderer, harness, 240)
-    trainer = Trainer(Policy.load(folder, "bf16", LoraConfig(16, 32.0)), Optim(lr=2e-3), total_steps=20)
+    trainer = Trainer(Policy.load(smollm2, "bf16", LoraConfig(16, 32.0)), Optim(lr=2e-3), total_steps=20)
     losses = []
     for step in range(20):
         batch = demos[step * 12 : step * 12 + 12]
