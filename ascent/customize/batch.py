@@ -18,6 +18,10 @@ from torch import Tensor
 
 from ascent.inference.tree import Tree, branching, common_prefix, fold
 
+SIBLINGS = 0.25
+"""By this share of a unit as large as the budget, those that share three quarters of it may make its tree larger: it
+has to be computed whole in any case, and without them once more for each of them."""
+
 
 @dataclass
 class TrainSequence:
@@ -179,7 +183,8 @@ def micro_batches(units: Sequence[Sequence[TrainSequence]], token_budget: int) -
 def pack(units: Sequence[Sequence[Sequence[int]]], token_budget: int) -> list[list[int]]:
     """Put units of token sequences into as few trees of at most `token_budget` tokens as best fit decreasing finds.
 
-    Units that begin alike are kept together first, as many as fit the budget; a unit larger than it travels alone.
+    Units that begin alike are kept together first, as many as fit the budget. A unit larger than it makes a larger
+    tree; those that share nearly all of it go along, see `SIBLINGS`.
 
     Returns:
         the indices of each tree's units.
@@ -199,7 +204,7 @@ def pack(units: Sequence[Sequence[Sequence[int]]], token_budget: int) -> list[li
 
 
 def _alike(units: Sequence[Sequence[Sequence[int]]], token_budget: int) -> list[tuple[int, list[int]]]:
-    """Cluster units with a common beginning: (tokens of their tree, indices), at most the budget if more than one.
+    """Cluster units with a common beginning: (tokens of their tree, indices), at most the budget or `SIBLINGS` more.
 
     Sizes are those of `fold` where units are one sequence each; of larger ones, which it may find another order for,
     they are off by a few tokens.
@@ -207,15 +212,18 @@ def _alike(units: Sequence[Sequence[Sequence[int]]], token_budget: int) -> list[
     clusters: list[tuple[int, list[int]]] = []
     last: Sequence[int] = ()
     ends: list[int] = []
+    longest = 0
     for index in sorted(range(len(units)), key=lambda i: [tuple(tokens) for tokens in units[i]]):
         added, after = _added(units[index], last, ends)
         alone, fresh = _added(units[index], (), [])
-        if clusters and added < alone and clusters[-1][0] + added <= token_budget:
+        longest = max(longest, alone)
+        limit = token_budget if added * 4 > alone else max(token_budget, int(longest * (1 + SIBLINGS)))
+        if clusters and added < alone and clusters[-1][0] + added <= limit:
             size, members = clusters[-1]
             clusters[-1], ends = (size + added, [*members, index]), after
         else:
             clusters.append((alone, [index]))
-            ends = fresh
+            ends, longest = fresh, alone
         last = units[index][-1]
     return clusters
 
