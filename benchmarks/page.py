@@ -199,8 +199,8 @@ def verdict(points: list[Json], middle: float) -> str:
     mine = slope([(p["x"], min(p["seconds"])) for p in upper])
     modelled = [(p["x"], p["model"]["seconds"]) for p in upper if p["model"]]
     theirs = slope(modelled) if len(modelled) > 1 else math.nan
-    surprise = mine > 1 + STEEP and not mine <= theirs + STEEP
-    told = "**super-linear, and the model does not say so**" if surprise else "no super-linear surprise"
+    said = "says so too" if mine <= theirs + STEEP else "does not say so"
+    told = f"**super-linear, and the model {said}**" if mine > 1 + STEEP else "no super-linear surprise"
     return (
         f"time grows as x^{mine:.2f} over the upper half, the model as x^{theirs:.2f}: {told}. Measured over model: "
         f"{middle:.2f} in the median."
