@@ -20,6 +20,7 @@ from ascent.customize.train import TrainingData, train
 from ascent.evaluate.program import Program
 from ascent.inference.store import Store
 from ascent.ladder.usecase import load_usecase
+from ascent.ladder.workspace import generate_data
 from ascent.records.files import read_jsonl
 
 BATCH, PRECISIONS = 8, ("fp32", "bf16")
@@ -29,6 +30,7 @@ def main() -> None:
     """Train each precision and seed; print and write how far the curves lie apart."""
     options = arguments()
     usecase = load_usecase(options.usecase)
+    generate_data(usecase)
     file = usecase.path(usecase.data.train)
     texts = load_texts(file, program=Program.load(usecase.path(usecase.program)), system=usecase.prompt.system)
     data = TrainingData(conversations=[row.messages for row in texts.rows], sources=(texts.source,))
