@@ -23,6 +23,8 @@ class Environment:
 
 
 ENVIRONMENTS = {
+    "mlflow": Environment((("mlflow==3.17.2",),)),
+    "transformers": Environment((("torch==2.13.0",), ("transformers[serving]==5.23.0",))),
     "trl": Environment(
         (("torch==2.13.0",), ("trl==1.16.0", "transformers==5.23.0", "peft==0.21.0", "datasets>=5.2,<6"))
     ),

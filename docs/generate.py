@@ -67,13 +67,25 @@ USECASE_KEYS = {
 
 def pages() -> dict[str, str]:
     """Return file name → content of every generated page."""
+    server = beside("server_pages")
     return {
+        "api.md": NOTE + server.api_page(table),
         "cli.md": NOTE + cli_page(),
         "recipes.md": NOTE + recipes_page(),
+        "serving.md": NOTE + server.serving_page(fields_table),
         "techniques.md": NOTE + techniques_page(),
         "usecase.md": NOTE + usecase_page(),
         **benchmark_pages(),
     }
+
+
+def beside(name: str) -> types.ModuleType:
+    """Load a module of this folder, which is no package."""
+    spec = importlib.util.spec_from_file_location(f"docs_{name}", FOLDER / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def benchmark_pages() -> dict[str, str]:

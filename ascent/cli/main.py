@@ -34,8 +34,11 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "eval": ("ascent.cli.eval", "Measure a model on a data file."),
     "compare": ("ascent.cli.compare", "Compare two measured models, item by item."),
     "report": ("ascent.cli.report", "Write the report of a run again."),
+    "mirror": ("ascent.cli.mirror", "Copy a finished run to an MLflow server."),
     "models": ("ascent.cli.models", "List, fetch, show, export and import models."),
     "chat": ("ascent.cli.chat", "Talk to a model."),
+    "serve": ("ascent.cli.serve", "Serve models and jobs through the AWS API and the OpenAI protocol."),
+    "keys": ("ascent.cli.keys", "Make, list and revoke the keys that callers need."),
     "doctor": ("ascent.cli.doctor", "Say what this machine can do and what is missing."),
 }
 """Command → (module, short help). Every module has a click command called `command`."""

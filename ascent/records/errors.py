@@ -9,7 +9,8 @@ AscentError
 ├── Unavailable           the machine or the network lacks something
 │   ├── MissingExtra      an optional dependency; the message holds the install line
 │   ├── PullFailed        a download that did not arrive or has the wrong checksum
-│   └── NoSpace           the disk is full; nothing was half-written
+│   ├── NoSpace           the disk is full; nothing was half-written
+│   └── Busy              too much is waiting already; carries when to try again
 ├── Corrupt               a stored file that fails its own checksum or schema
 └── Interrupted           Ctrl-C after a checkpoint was written (exit code 130)
 """
@@ -89,6 +90,14 @@ class PullFailed(Unavailable):
 
 class NoSpace(Unavailable):
     """The disk is full. The target file is as it was before."""
+
+
+class Busy(Unavailable):
+    """Too much is waiting already; nothing was begun. `retry_after_s` says when it is worth another try."""
+
+    def __init__(self, message: str, *, retry_after_s: float) -> None:
+        self.retry_after_s = retry_after_s
+        super().__init__(message)
 
 
 class Corrupt(AscentError):

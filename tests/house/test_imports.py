@@ -25,6 +25,9 @@ LIGHT = (
     "import ascent.ladder.climb",
     "import ascent.inference.store",
     "import ascent.customize.agentic.environment",
+    "import ascent.serve.wire",
+    "import ascent.serve.keys",
+    "import ascent.serve.app",
 )
 HELPS = (("--help",), *((name, "--help") for name in COMMANDS), ("models", "export", "--help"))
 

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-from ascent.customize.agentic.tools import Tools, parse_calls
+from ascent.customize.agentic.tools import Tools
+from ascent.inference.calls import parse_calls
 from ascent.records import Message, Task
 
 

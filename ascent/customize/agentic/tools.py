@@ -1,16 +1,9 @@
-"""Tools: typed functions that a model calls in writing, and how calls are read from its text.
-
-Two spellings are read: JSON between `<tool_call>` tags, as the chat templates of Hermes and Qwen write it, and a plain
-line that a very small model can learn, `call: name(argument, argument)`. What is malformed becomes an error message to
-the model, never a crash.
-"""
+"""Tools: typed functions that a model calls in writing; `ascent.inference.calls` reads the calls from its text."""
 
 from __future__ import annotations
 
-import csv
 import inspect
 import json
-import re
 import typing
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,22 +11,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
+from ascent.inference.calls import Call as Call
+from ascent.inference.calls import parse_calls as parse_calls
 from ascent.records.errors import BadInput, nearest
-
-_CALL = re.compile(r"<tool_call>(?P<json>(?s:.*?))(?P<closed></tool_call>|\Z)|^[ \t]*call:(?P<plain>.*)$", re.M)
-_PLAIN = re.compile(r"\s*(\w+)\s*\((.*)\)\s*;?\s*")
-_NAMED = re.compile(r"(\w+)\s*=\s*(.*)")
-_EXPECTED = "write call: name(argument, argument)"
-
-
-@dataclass(frozen=True)
-class Call:
-    """One call as written: positional arguments are texts, named ones JSON values. `error` says why it is none."""
-
-    name: str
-    positional: tuple[str, ...] = ()
-    named: tuple[tuple[str, Any], ...] = ()
-    error: str | None = None
 
 
 @dataclass(frozen=True)
@@ -119,46 +99,3 @@ class Tools:
         except (ValueError, LookupError) as error:
             return f"error: {error.args[0] if error.args else type(error).__name__}"
         return answer if isinstance(answer, str) else json.dumps(answer, ensure_ascii=False, default=str)
-
-
-def parse_calls(text: str) -> list[Call]:
-    """Return the calls in an assistant's text, in order; malformed ones have their `error` set. None: no call."""
-    found = []
-    for match in _CALL.finditer(text):
-        if match["plain"] is not None:
-            found.append(_plain(match["plain"]))
-        elif not match["closed"]:
-            found.append(Call("", error="<tool_call> was not closed by </tool_call>"))
-        else:
-            found.append(_json(match["json"]))
-    return found
-
-
-def _json(text: str) -> Call:
-    try:
-        value = json.loads(text)
-        arguments = value.get("arguments", {})
-        arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
-        return Call(str(value["name"]), named=tuple(arguments.items()))
-    except (ValueError, KeyError, AttributeError, RecursionError) as error:
-        reason = f"{type(error).__name__}: {error}" if isinstance(error, ValueError) else "its fields are wrong"
-        return Call("", error=f'a tool call is {{"name": …, "arguments": {{…}}}} as JSON ({reason})')
-
-
-def _plain(text: str) -> Call:
-    match = _PLAIN.fullmatch(text)
-    if match is None:
-        return Call("", error=f"the call cannot be read; {_EXPECTED}")
-    positional: list[str] = []
-    named: list[tuple[str, Any]] = []
-    try:
-        row = next(csv.reader([match[2]], skipinitialspace=True), [])
-    except csv.Error as error:
-        return Call("", error=f"the arguments cannot be read ({error}); {_EXPECTED}")
-    for part in (cell.strip() for cell in row):
-        pair = _NAMED.fullmatch(part)
-        if pair:
-            named.append((pair[1], pair[2].strip("'\"")))
-        else:
-            positional.append(part.strip("'"))
-    return Call(match[1], tuple(positional), tuple(named))

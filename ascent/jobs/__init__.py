@@ -1,0 +1,1 @@
+"""Jobs: a durable queue, the local executor, and what everything costs."""

@@ -1,0 +1,1 @@
+"""The server: tuned models behind the AWS API and the OpenAI protocol."""

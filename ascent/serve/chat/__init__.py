@@ -1,0 +1,41 @@
+"""The chat door: what Converse, the OpenAI protocol and jobs share. Importing it loads no model library."""
+
+from ascent.serve.chat.types import (
+    CallRecord,
+    ChatModel,
+    ChatRequest,
+    ContextOverflow,
+    Delta,
+    Finish,
+    ModelFailed,
+    Reasoning,
+    Text,
+    TextToken,
+    ToolArguments,
+    ToolResult,
+    ToolSpec,
+    ToolStart,
+    ToolUse,
+    Turn,
+    Usage,
+)
+
+__all__ = [
+    "CallRecord",
+    "ChatModel",
+    "ChatRequest",
+    "ContextOverflow",
+    "Delta",
+    "Finish",
+    "ModelFailed",
+    "Reasoning",
+    "Text",
+    "TextToken",
+    "ToolArguments",
+    "ToolResult",
+    "ToolSpec",
+    "ToolStart",
+    "ToolUse",
+    "Turn",
+    "Usage",
+]

@@ -1,0 +1,1 @@
+"""The AWS services that are served here, one class each; their methods are the operations."""
