@@ -38,6 +38,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "models": ("ascent.cli.models", "List, fetch, show, export and import models."),
     "chat": ("ascent.cli.chat", "Talk to a model."),
     "serve": ("ascent.cli.serve", "Serve models and jobs through the AWS API and the OpenAI protocol."),
+    "registry": ("ascent.cli.registry", "List, show and promote the models of the server."),
     "keys": ("ascent.cli.keys", "Make, list and revoke the keys that callers need."),
     "doctor": ("ascent.cli.doctor", "Say what this machine can do and what is missing."),
 }

@@ -93,18 +93,21 @@ def verify(model: str) -> None:
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--merged", "form", flag_value="merged", default=True, help="Whole weights (the default).")
 @click.option("--adapter", "form", flag_value="adapter", help="The LoRA adapter alone, PEFT format.")
-def export(model: str, out: Path, form: Literal["merged", "adapter"]) -> None:
-    """Copy a model to the folder OUT, which must be empty or absent.
+@click.option("--gguf", "form", flag_value="gguf", help="A GGUF file in 16-bit floats, tokenizer included.")
+def export(model: str, out: Path, form: Literal["merged", "adapter", "gguf"]) -> None:
+    """Copy a model to OUT: a folder that must be empty or absent, or with --gguf a file that must be absent.
 
     MODEL is a name or id in the store, or a folder such as that of a trained stage. transformers and peft load what is
     written; no part of Ascent is needed for it.
     """
     from ascent.cli.engines import pinned
     from ascent.inference.export import export_adapter, export_merged
+    from ascent.inference.gguf_export import export_gguf
 
     store = _store()
-    (export_merged if form == "merged" else export_adapter)(pinned(model, store), out, store)
-    say(f"wrote {megabytes(_size(out))} to {out}")
+    write = {"merged": export_merged, "adapter": export_adapter, "gguf": export_gguf}[form]
+    write(pinned(model, store), out, store)
+    say(f"wrote {megabytes(out.stat().st_size if out.is_file() else _size(out))} to {out}")
 
 
 @command.command("import")

@@ -354,7 +354,7 @@ def _own(caller: Caller) -> tuple[str, str]:
 
 def _public(card: ModelCard, caller: Caller) -> bool:
     """Whether a caller may call a model of the store by its name: what somebody tuned is theirs to deploy."""
-    return card.kind in ("base", "embedder") or caller.admin
+    return (card.kind in ("base", "embedder") and not card.source.startswith("registry:")) or caller.admin
 
 
 def _seconds(created: str) -> float:

@@ -26,6 +26,9 @@ BROAD = {
     "ascent/evaluate/worker.py::_grade": "runs the user's function; what it raises is an unscored record",
     "ascent/evaluate/worker.py::_call": "runs the user's grader; what it raises is an unscored record",
     "ascent/serve/openai/app.py::OpenAIApp._answer": "answers a request; a defect is logged and answered as a 500",
+    "ascent/serve/services/bedrock/deployer.py::Deployer._deploy": "loading weights fails in ways of its own; the "
+    "deployment must end as Failed",
+    "ascent/serve/work/places.py::_reaching": "every fsspec store has its own error tree",
     "ascent/serve/wire/app.py::AwsApp._answer": "runs a handler; a defect is logged and answered as a 500",
     "ascent/serve/wire/app.py::AwsApp._stream": "runs a handler's stream; a defect ends it with an error frame",
 }

@@ -22,7 +22,6 @@ from ascent.serve.openai.http import Exchange, Gone
 from ascent.serve.openai.reply import Reply, error_reply
 from ascent.serve.openai.request import Asked, BadField, read_chat, read_completion
 from ascent.serve.wire.app import Limits, OnRequest, Receive, Scope, Send
-from ascent.serve.wire.errors import ServiceError
 
 if TYPE_CHECKING:
     from ascent.serve.models import Deployment, Models
@@ -108,15 +107,7 @@ class OpenAIApp:
     def _caller(self, exchange: Exchange, operation: str) -> Caller:
         """Return who calls, if a bearer key says so and has the scope."""
         exchange.action = f"openai:{operation}"
-        if not exchange.headers.get("authorization", "").lower().startswith("bearer "):
-            text = (
-                "no bearer key was given; make one with `ascent keys create`, and send it as Authorization: Bearer KEY"
-            )
-            raise ServiceError("MissingAuthenticationTokenException", text)
-        found = self._authenticator.authenticate(
-            exchange.method, exchange.path, "", exchange.headers, "", bearer=True, repeats="always"
-        )
-        caller = replace(found, request_id=exchange.request_id)
+        caller = replace(self._authenticator.bearer(exchange.headers), request_id=exchange.request_id)
         caller.require(exchange.action)
         return caller
 

@@ -109,10 +109,10 @@ class AwsApp:
             call.status = GONE
             return
         except AscentError as error:
-            response = encode_error(call.shown(error), call.operation)
+            response, events = encode_error(call.shown(error), call.operation), None
         except Exception:
             LOG.exception("%s failed", call.action)
-            response = encode_error(call.defect(), call.operation)
+            response, events = encode_error(call.defect(), call.operation), None
         if events is None:
             await call.send_whole(response)
         else:
