@@ -510,6 +510,21 @@ def test_tokens_of_a_step_come_in_one_call_into_the_loop(engine: ServingEngine) 
     assert answers[2] == [token.id for token in engine.submit(Generation(PROMPT, 30, seed=2)).collect(60)]
 
 
+def test_a_loop_that_was_closed_cancels_what_it_read(engine: ServingEngine) -> None:
+    run, loop = engine.submit(Generation(PROMPT, 200)), asyncio.new_event_loop()
+
+    async def read() -> None:
+        async for _ in run:
+            pass
+
+    task = loop.create_task(read())
+    loop.run_until_complete(asyncio.sleep(0.005))
+    loop.close()
+    assert not task.done()
+    run.collect(60)
+    assert run.ended.finish is Finish.cancelled
+
+
 def test_a_long_prompt_does_not_hold_up_those_who_answer(tmp_path: Path) -> None:
     engine = ServingEngine(write_tiny_model(tmp_path / "long", context=4096), "long", rows=4, dtype=torch.float32)
     engine.renderer.end_ids = frozenset()

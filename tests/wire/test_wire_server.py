@@ -17,6 +17,9 @@ from botocore.exceptions import ClientError, EventStreamError, ReadTimeoutError
 from wire.echo import Control, Running, Runtime, running
 
 from ascent.records.errors import BadInput
+from ascent.serve.services.bedrock import Bedrock
+from ascent.serve.services.bedrock_runtime import BedrockRuntime
+from ascent.serve.services.sagemaker_runtime import SageMakerRuntime
 from ascent.serve.wire import Limits, served_operations
 from ascent.serve.wire.services import handlers_of
 
@@ -291,9 +294,9 @@ def test_a_service_with_a_method_that_is_no_operation_is_refused() -> None:
 
 
 def test_served_operations_have_a_sentence_each() -> None:
-    rows = served_operations([Control, Runtime])
-    assert ("bedrock-runtime", "Converse", "Sends messages to the specified Amazon Bedrock model.") in rows
-    assert [row[:2] for row in rows] == sorted(row[:2] for row in rows) and all(row[2] for row in rows)
+    rows = served_operations([BedrockRuntime, Bedrock, SageMakerRuntime])
+    assert ("bedrock-runtime", "Converse", "Answer a conversation.") in rows and rows == sorted(rows)
+    assert all(summary.endswith(".") for _, _, summary in rows)
 
 
 def test_logs_carry_the_request_id(wire: Running, caplog: pytest.LogCaptureFixture) -> None:

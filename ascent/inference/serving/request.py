@@ -201,20 +201,19 @@ class Running:
 
 def wake(runs: Iterable[Running]) -> None:
     """Let event loops know of what was put: one call into each loop, however many requests wait there."""
-    waiting: dict[asyncio.AbstractEventLoop, list[asyncio.Future[None]]] = {}
+    listening: dict[asyncio.AbstractEventLoop, list[Running]] = {}
     for run in runs:
         if (waiter := run._waiter) is not None:
-            waiting.setdefault(waiter.get_loop(), []).append(waiter)
-    for loop, waiters in waiting.items():
+            listening.setdefault(waiter.get_loop(), []).append(run)
+    for loop, of_loop in listening.items():
         try:
-            loop.call_soon_threadsafe(_resolve, waiters)
+            loop.call_soon_threadsafe(_resolve, of_loop)
         except RuntimeError:  # the loop was closed: nobody listens any more
-            for run in runs:
-                if run._waiter in waiters:
-                    run.cancel()
+            for run in of_loop:
+                run.cancel()
 
 
-def _resolve(waiters: list[asyncio.Future[None]]) -> None:
-    for waiter in waiters:
-        if not waiter.done():
-            waiter.set_result(None)
+def _resolve(runs: Iterable[Running]) -> None:
+    for run in runs:
+        if run._waiter is not None and not run._waiter.done():
+            run._waiter.set_result(None)
