@@ -37,7 +37,7 @@ from ascent.records.files import write_atomic
 
 HERE = Path(__file__).parent
 MODEL, NAME = "smollm2-135m-instruct", "bench"
-LEVELS = {1: 8, 8: 48, 32: 128}
+LEVELS = {1: 8, 8: 48, 32: 96}
 """Clients at a time → questions in all."""
 NEW_TOKENS, WORDS, START_S, ANSWER_S = 64, 75, 300.0, 600.0
 ADAPTERS, RANK = 4, 16

@@ -216,6 +216,7 @@ def test_two_workers_on_postgresql_survive_a_kill(tmp_path: Path, postgres: str)
         close(site)
 
 
+@pytest.mark.slow
 def test_a_frozen_worker_loses_its_job_and_does_no_harm_when_it_wakes(site: Site) -> None:
     job = site.submit(pause=1.0, slow="train")
     frozen = site.start(lease_s=1.0)
