@@ -283,12 +283,11 @@ def say(text: str) -> None:
 
 
 def versions(python: Path, packages: Sequence[str]) -> dict[str, str]:
-    """Versions of packages in an environment."""
-    code = "import importlib.metadata as m, json, sys; print(json.dumps({p: m.version(p) for p in sys.argv[1:]}))"
-    known: dict[str, str] = json.loads(
-        subprocess.run([python, "-c", code, *packages], capture_output=True, check=True).stdout
-    )
-    return known
+    """Versions of those packages that an environment has."""
+    code = "import importlib.metadata as m, json; print(json.dumps({d.name: d.version for d in m.distributions()}))"
+    done = subprocess.run([python, "-c", code], capture_output=True, check=True)
+    known: dict[str, str] = json.loads(done.stdout)
+    return {name: known[name] for name in packages if name in known}
 
 
 def main() -> None:
