@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -190,11 +190,12 @@ def running(
                 time.sleep(0.2)
             yield address
         finally:
-            os.killpg(process.pid, signal.SIGTERM)
-            try:
-                process.wait(60)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGTERM)
+                try:
+                    process.wait(60)
+                except subprocess.TimeoutExpired:
+                    os.killpg(process.pid, signal.SIGKILL)
 
 
 def answers(address: str) -> bool:
@@ -295,39 +296,45 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, default=HERE / "serving.json", help="where the results go")
     parser.add_argument("--quick", action="store_true", help="few questions, to see that everything runs")
-    parser.add_argument("--only", nargs="+", help="these sides")
+    parser.add_argument("--only", nargs="+", help="these sides, and ours once more; others stay as they were")
     options = parser.parse_args()
     cores = sorted(os.sched_getaffinity(0))[:2] if hasattr(os, "sched_getaffinity") else [0, 1]
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, cores)
     model = Store().resolve(MODEL)
-    command = " ".join(["python benchmarks/serving.py", *("--quick",) * options.quick])
-    results: Json = {"date": datetime.now(UTC).isoformat(timespec="minutes"), "command": command}
-    results |= {"machine": machine(cores), "model": model.name, "sides": {}}
+    known = json.loads(options.json.read_text(encoding="utf-8")) if options.only and options.json.is_file() else {}
+    results: Json = {"date": datetime.now(UTC).isoformat(timespec="minutes"), "command": "python benchmarks/serving.py"}
+    results |= {"machine": machine(cores), "model": model.name, "sides": known.get("sides", {})}
+    wanted = options.only or [OURS.name, *(side.name for side in PEERS)]
 
     def keep(name: str, found: Json) -> None:
         results["sides"][name] = found
         write_atomic(options.json, json.dumps(results, indent=1, ensure_ascii=False) + "\n")
 
-    wanted = options.only or [OURS.name, *(side.name for side in PEERS)]
     if OURS.name in wanted:
         say("ascent")
         keep("ascent", ours(model, cores, options, with_adapters=True))
-    for side in PEERS:
-        if side.name not in wanted:
-            continue
-        say(side.name)
-        try:
-            python = python_of(side.environment or "")
-            with running(side, python, str(model), cores) as address:
-                found = levels(address, "none", side.model.format(model=model), options)
-            keep(side.name, {"levels": found, "versions": versions(python, side.packages)})
-        except Failed as error:
-            say(f"  {error}")
-            keep(side.name, {"failed": str(error).splitlines()[0]})
-    if OURS.name in wanted and len(wanted) > 1:
-        say("ascent, again")
-        keep("ascent, again", ours(model, cores, options, with_adapters=False))
+    with tempfile.TemporaryDirectory() as folder:
+        plain = Path(folder) / NAME  # without the @ of our store, which transformers takes for a revision
+        plain.symlink_to(model)
+        for side in PEERS:
+            if side.name in wanted:
+                say(side.name)
+                keep(side.name, peer(side, plain, cores, options))
+    say("ascent, again")
+    keep("ascent, again", ours(model, cores, options, with_adapters=False))
+
+
+def peer(side: Side, model: Path, cores: list[int], options: argparse.Namespace) -> Json:
+    """Measure another server, or say why it does not run here."""
+    try:
+        python = python_of(side.environment or "")
+        with running(side, python, str(model), cores) as address:
+            found = levels(address, "none", side.model.format(model=model), options)
+        return {"levels": found, "versions": versions(python, side.packages)}
+    except Failed as error:
+        say(f"  {error}")
+        return {"failed": str(error).splitlines()[0]}
 
 
 if __name__ == "__main__":
