@@ -44,6 +44,7 @@ check: .venv/.dev
 
 bench: .venv/.dev
 	$(BIN)/python benchmarks/bench.py
+	$(BIN)/python benchmarks/serving.py
 	$(BIN)/python docs/generate.py
 	$(BIN)/python benchmarks/moe.py --json benchmarks/moe.json
 

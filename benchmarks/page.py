@@ -11,6 +11,9 @@ OURS = "ascent"
 STEEP = 0.15
 """A growth exponent this far above both 1 and the model's is called super-linear: timing noise stays below it."""
 SCALE = {"time": "{:.1f}×", "memory": "1/{:.1f}", "share": "{:.0%}"}
+SERVERS = {"vllm": 1.0, "transformers serve": 4.0}
+"""Times the throughput of these servers that ours is to reach at the most clients."""
+ADAPTERS_COST = 0.25
 MARK = {
     "time": "{:g}× faster than {}",
     "memory": "1/{:g} of the peak memory of {}",
@@ -18,15 +21,15 @@ MARK = {
 }
 
 
-def pages(results: Json) -> dict[str, str]:
+def pages(results: Json, serving: Json | None = None) -> dict[str, str]:
     """Return file name → content."""
-    found = {"benchmarks.md": page(results)}
+    found = {"benchmarks.md": page(results, serving)}
     if "curves" in results:
         found["benchmarks.svg"] = plot(results["curves"])
     return found
 
 
-def page(results: Json) -> str:
+def page(results: Json, serving: Json | None = None) -> str:
     """The page."""
     entries = results["workloads"]
     return "\n".join(
@@ -38,6 +41,7 @@ def page(results: Json) -> str:
             "## Workloads\n",
             *(part for name, entry in entries.items() for part in section(name, entry)),
             *(curves_section(results["curves"]) if "curves" in results else []),
+            *(serving_section(serving) if serving else []),
             RULES,
         ]
     )
@@ -188,6 +192,44 @@ def curves_section(curves: Json) -> list[str]:
         *words,
         "",
         table(heads, rows),
+    ]
+
+
+def serving_section(serving: Json) -> list[str]:
+    """Servers under load, the marks against them, and what adapters cost."""
+    rows, rates = [], {}
+    for name, side in serving["sides"].items():
+        if "failed" in side:
+            rows.append((name, "", f"failed: {side['failed']}", "", "", ""))
+            continue
+        for found in side["levels"]:
+            rates.setdefault(found["clients"], {})[name] = found["tokens_per_s"]
+            times = (f"{found[key]:.2f}" for key in ("p50_s", "p95_s", "first_p50_s"))
+            rows.append((name, str(found["clients"]), f"{found['tokens_per_s']:,.0f}", *times))
+    at_most = rates.get(max(rates, default=0), {})
+    mine = [rate for name, rate in at_most.items() if name.startswith(OURS)]
+    told = []
+    for peer, reach in SERVERS.items():
+        known = [rate for name, rate in at_most.items() if name.startswith(peer)]
+        if mine and known:
+            ratio = statistics.mean(mine) / max(known)
+            word = "reached" if ratio >= reach else "**not reached**"
+            told.append((f"{max(rates)} clients", f"{reach:g}× {peer}", f"{ratio:.1f}×", word))
+    if costs := serving["sides"].get(OURS, {}).get("adapters"):
+        extra = costs["one"]["tokens_per_s"] / costs["four"]["tokens_per_s"] - 1
+        word = "reached" if extra <= ADAPTERS_COST else "**not reached**"
+        told.append(("four adapters in one batch", f"at most {ADAPTERS_COST:.0%} over one", f"{extra:+.0%}", word))
+    known = {name: side["versions"] for name, side in serving["sides"].items() if "versions" in side}
+    versions = sorted({f"{package} {version}" for side in known.values() for package, version in side.items()})
+    machine = serving["machine"]
+    return [
+        "## Serving under load\n",
+        f"`{serving['command']}`, {serving['date'][:10]}, {machine['cpu']}, {machine['threads']} threads; "
+        f"{', '.join(versions)}. Questions of about a hundred tokens, no two alike; greedy answers of at most 64, "
+        "streamed through the OpenAI protocol. Each client asks again when its answer has ended. Ours runs before and "
+        "after the others, and their mean counts.\n",
+        table(("load", "to reach", "measured", ""), told),
+        table(("server", "clients", "tokens/s", "answer, median s", "95 % s", "first token, median s"), rows),
     ]
 
 

@@ -91,13 +91,16 @@ def beside(name: str) -> types.ModuleType:
 def benchmark_pages() -> dict[str, str]:
     """The page and plot of the last `make bench`, from its results alone; none where there are no results."""
     folder = FOLDER.parent / "benchmarks"
-    if not (folder / "results.json").is_file():
+    if not all((folder / name).is_file() for name in ("results.json", "serving.json")):
         return {}
     spec = importlib.util.spec_from_file_location("benchmarks_page", folder / "page.py")
     assert spec is not None and spec.loader is not None
     page = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(page)
-    found: dict[str, str] = page.pages(json.loads((folder / "results.json").read_text(encoding="utf-8")))
+    results, serving = (
+        json.loads((folder / name).read_text(encoding="utf-8")) for name in ("results.json", "serving.json")
+    )
+    found: dict[str, str] = page.pages(results, serving)
     return {name: NOTE + text if name.endswith(".md") else text for name, text in found.items()}
 
 

@@ -5,12 +5,14 @@ AscentError
 │   ├── BadFile           a file; carries file, line and field
 │   │   ├── BadRecipe     a recipe or use-case file
 │   │   └── BadData       a data row
-│   └── UnknownName       a model, row, grader or metric that is not registered
+│   ├── UnknownName       a model, row, grader or metric that is not registered
+│   └── QuotaExceeded     the owner's share of the queue is used up (jobs/specs.py)
 ├── Unavailable           the machine or the network lacks something
 │   ├── MissingExtra      an optional dependency; the message holds the install line
 │   ├── PullFailed        a download that did not arrive or has the wrong checksum
 │   ├── NoSpace           the disk is full; nothing was half-written
 │   └── Busy              too much is waiting already; carries when to try again
+├── LeaseLost             a job that belongs to another worker by now (jobs/specs.py)
 ├── Corrupt               a stored file that fails its own checksum or schema
 └── Interrupted           Ctrl-C after a checkpoint was written (exit code 130)
 """

@@ -14,13 +14,14 @@ from ascent.inference.engines.named import remote_address
 from ascent.inference.registry import Registry
 from ascent.inference.store import Store
 from ascent.jobs.ledger import Ledger
+from ascent.jobs.machine import this_machine
 from ascent.jobs.prices import load_prices
 from ascent.jobs.queue import Queue
 from ascent.jobs.specs import Status
 from ascent.observe.database import open_database
 from ascent.records.errors import AscentError
 from ascent.serve.charge import Charges
-from ascent.serve.config import ServerConfig
+from ascent.serve.config import ServerConfig, quota_of
 from ascent.serve.keys import Keys
 from ascent.serve.metrics import CONTENT_TYPE, Metrics
 from ascent.serve.models import EVERYONE, Models, Target
@@ -57,7 +58,8 @@ class Server:
         self.home.mkdir(parents=True, exist_ok=True, mode=0o700)
         database = open_database(config.database or self.home / "ascent.db")
         self.keys = Keys(database, self.home / "master.key")
-        self.queue = Queue(database, self.home / "jobs")
+        memory_mb = config.jobs.memory_mb or this_machine().job_memory_mb
+        self.queue = Queue(database, self.home / "jobs", memory_mb=memory_mb, quota=quota_of(config))
         self.registry = Registry(database, self.store)
         self.ledger = Ledger(database, load_prices(config.prices))
         self.metrics = Metrics()

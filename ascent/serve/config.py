@@ -11,6 +11,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ascent.customize.yamlfile import load_yaml
+from ascent.jobs.specs import Quota
 from ascent.records.errors import BadInput, nearest
 
 PREFIX = "ASCENT_SERVER_"
@@ -58,6 +59,12 @@ class JobLimits(BaseModel):
     """Memory of all of them; most of the machine's when left out."""
     keep_days: float = Field(default=30.0, ge=0)
     """How long the files of an ended job are kept."""
+    running_each: int | None = Field(default=None, ge=1)
+    """Jobs of one owner that run at a time."""
+    queued_each: int | None = Field(default=None, ge=1)
+    """Jobs of one owner that wait; more are refused."""
+    stored_mb_each: int | None = Field(default=None, ge=1)
+    """What the files of one owner's jobs may take; beyond it no job is accepted."""
 
 
 class ServerConfig(BaseModel):
@@ -109,6 +116,12 @@ class ServerConfig(BaseModel):
             return ipaddress.ip_address(self.host).is_loopback
         except ValueError:
             return False
+
+
+def quota_of(config: ServerConfig) -> Quota:
+    """Return what one owner may have of the queue."""
+    jobs = config.jobs
+    return Quota(running=jobs.running_each, queued=jobs.queued_each, stored_mb=jobs.stored_mb_each)
 
 
 def load_config(

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from ascent.jobs.worker import WorkerSettings
 from ascent.records.errors import BadInput, MissingExtra
-from ascent.serve.config import ServerConfig
+from ascent.serve.config import ServerConfig, quota_of
 from ascent.serve.logs import set_up
 from ascent.serve.work.home import DATABASE
 
@@ -133,7 +133,8 @@ class WorkerKeeper:
             slots=config.jobs.slots,
             memory_mb=config.jobs.memory_mb,
             prices=config.prices,
-            passed=("ASCENT_NATIVE", DATABASE),
+            quota=quota_of(config),
+            passed=("ASCENT_NATIVE", *((DATABASE,) if config.database else ())),
             parent=os.getpid(),
         ).model_dump_json()
         self._environment = os.environ | {DATABASE: database}

@@ -57,7 +57,7 @@ class House:
             trainingDataConfig={"s3Uri": (self.folder / "train.jsonl").as_uri()},
             validationDataConfig={"validators": [{"s3Uri": (self.folder / "validation.jsonl").as_uri()}]},
             outputDataConfig={"s3Uri": (self.folder / "out").as_uri()},
-            hyperParameters={**QUICK, "epochCount": "30", "checkpointEvery": "5"},
+            hyperParameters={**QUICK, "epochCount": "10", "checkpointEvery": "5"},
         )
         return str(answer["jobArn"].rpartition("/")[2])
 

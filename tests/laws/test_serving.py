@@ -24,7 +24,7 @@ from ascent.inference.serving.request import Finish, Generation, Running
 from ascent.inference.tree import Tree
 from ascent.records import FinishReason
 
-NEAR = 1e-4  # of a cumulative distribution in fp32
+NEAR = 1e-5  # of a cumulative distribution in fp32
 ADAPTERS = {
     "all": lora.LoraConfig(3, 6.0),
     "some": lora.LoraConfig(5, 5.0, ("q_proj", "v_proj", "down_proj")),

@@ -407,11 +407,18 @@ def test_what_cannot_run_is_refused(engine: ServingEngine) -> None:
 
 
 def test_a_full_queue_says_when_to_come_back(fresh: ServingEngine) -> None:
+    """As long as those who wait need, two at a time, going by how long others took."""
+    began = time.monotonic()
+    for _ in range(12):
+        fresh.submit(Generation(PROMPT, 5)).collect(60)
+    took_s = (time.monotonic() - began) / 12
+    assert fresh._service_s == pytest.approx(took_s + (1 - 0.2) ** 12 * (1 - took_s), abs=0.05)
+    fresh._service_s = 12.0
     runs = [fresh.submit(Generation(PROMPT, 200)) for _ in range(4)]
-    with pytest.raises(Busy) as refused:
+    with pytest.raises(Busy, match="requests are waiting for .tiny. already") as refused:
         for _ in range(3):
             runs.append(fresh.submit(Generation(PROMPT, 200)))
-    assert 1 <= refused.value.retry_after_s <= 60
+    assert refused.value.retry_after_s in (18.0, 24.0, 30.0)
     for run in runs:
         assert len(run.collect(60)) == 200
     assert len(fresh.submit(Generation(PROMPT, 2)).collect(60)) == 2
@@ -508,6 +515,21 @@ def test_tokens_of_a_step_come_in_one_call_into_the_loop(engine: ServingEngine) 
     assert [len(answer) for answer in answers] == [30] * 4
     assert 1 < len(calls) <= engine.stats().steps - before
     assert answers[2] == [token.id for token in engine.submit(Generation(PROMPT, 30, seed=2)).collect(60)]
+
+
+def test_leaving_the_iteration_cancels(engine: ServingEngine) -> None:
+    async def first_of(run: Running) -> int:
+        stream = run.__aiter__()
+        async for token in stream:
+            await stream.aclose()
+            return token.id
+        raise AssertionError("no token came")
+
+    run = engine.submit(Generation(PROMPT, 200, temperature=0))
+    first = asyncio.run(first_of(run))
+    run.collect(60)
+    assert run.ended.finish is Finish.cancelled
+    assert first == engine.submit(Generation(PROMPT, 1, temperature=0)).collect(60)[0].id
 
 
 def test_a_loop_that_was_closed_cancels_what_it_read(engine: ServingEngine) -> None:

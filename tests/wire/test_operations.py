@@ -5,10 +5,12 @@ from __future__ import annotations
 import datetime
 import ipaddress
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -35,9 +37,16 @@ def key(home: Path) -> NewKey:
 
 @pytest.fixture(scope="module")
 def server(home: Path, key: NewKey, tiny_model: Path) -> Iterator[Served]:
-    with serving(home, ["--model", f"tiny={tiny_model}", "--jobs", "0"]) as running:
-        running.wait_ready()
-        yield running
+    """A server that was started as systemd starts it, and told it when it was ready (sd_notify(3))."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager, tempfile.TemporaryDirectory() as folder:
+        manager.bind(f"{folder}/notify")
+        manager.settimeout(60)
+        told = {"NOTIFY_SOCKET": f"{folder}/notify"}
+        with serving(home, ["--model", f"tiny={tiny_model}", "--jobs", "0"], environment=told) as running:
+            assert manager.recv(64) == b"READY=1"
+            running.wait_ready()
+            yield running
+        assert manager.recv(64) == b"STOPPING=1"
 
 
 def say(server: Served, key: NewKey, tokens: int = 8) -> dict[str, object]:
@@ -152,7 +161,8 @@ def test_a_model_that_is_not_there_keeps_the_server_from_being_ready(tmp_path: P
         assert found.status_code == 503 and "no-such-model" in found.text
 
 
-def test_many_clients_that_leave_take_nothing_along(server: Served, key: NewKey) -> None:
+@pytest.mark.parametrize("count", [60, pytest.param(1000, marks=pytest.mark.slow)])
+def test_many_clients_that_leave_take_nothing_along(server: Served, key: NewKey, count: int) -> None:
     """Streams that are cut after a few bytes; then nothing runs, nothing waits, and the next answer comes."""
 
     def leave(number: int) -> None:
@@ -166,7 +176,7 @@ def test_many_clients_that_leave_take_nothing_along(server: Served, key: NewKey)
             if number % 3 and number % 5:
                 link.recv(64)
 
-    for begin in range(0, 60, 12):
+    for begin in range(0, count, 12):
         threads = [threading.Thread(target=leave, args=(number,)) for number in range(begin + 1, begin + 13)]
         for thread in threads:
             thread.start()
@@ -177,6 +187,17 @@ def test_many_clients_that_leave_take_nothing_along(server: Served, key: NewKey)
         assert time.monotonic() < until, page(server)
         time.sleep(0.05)
     assert say(server, key)["stopReason"]
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="there is no systemd here")
+def test_the_systemd_unit_is_one(tmp_path: Path) -> None:
+    unit = tmp_path / "ascent.service"
+    text = (Path(__file__).parents[2] / "deploy" / "ascent.service").read_text()
+    unit.write_text(text.replace("/opt/ascent/.venv/bin/ascent", str(Path(sys.executable).parent / "ascent")))
+    done = subprocess.run(["systemd-analyze", "verify", str(unit)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and not [line for line in done.stderr.splitlines() if "ascent.service" in line], (
+        done.stderr
+    )
 
 
 def page(server: Served) -> str:
