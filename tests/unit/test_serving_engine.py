@@ -415,7 +415,7 @@ def test_a_full_queue_says_when_to_come_back(fresh: ServingEngine) -> None:
     assert fresh._service_s == pytest.approx(took_s + (1 - 0.2) ** 12 * (1 - took_s), abs=0.05)
     fresh._service_s = 12.0
     runs = [fresh.submit(Generation(PROMPT, 200)) for _ in range(4)]
-    with pytest.raises(Busy, match="requests are waiting for .tiny. already") as refused:
+    with pytest.raises(Busy, match=r"requests are waiting for .tiny. already") as refused:
         for _ in range(3):
             runs.append(fresh.submit(Generation(PROMPT, 200)))
     assert refused.value.retry_after_s in (18.0, 24.0, 30.0)
