@@ -7,16 +7,18 @@ import pickle
 import pytest
 
 from ascent.records import errors
-from ascent.records.errors import AscentError, BadData, MissingExtra, UnknownName
+from ascent.records.errors import AscentError, BadData, Busy, MissingExtra, UnknownName
 
+OWN_ARGUMENTS = (Busy, MissingExtra, UnknownName)
 MADE = [
     BadData("a value is missing", file="train.jsonl", line=3, field="input"),
     UnknownName("row", "grop", ["grpo", "sft"], hint="; see docs/techniques.md"),
     MissingExtra("vision", "reading images"),
+    Busy("32 requests are waiting", retry_after_s=1.5),
     *(
         kind("what, why, what to do")
         for kind in vars(errors).values()
-        if isinstance(kind, type) and issubclass(kind, AscentError) and kind not in (UnknownName, MissingExtra)
+        if isinstance(kind, type) and issubclass(kind, AscentError) and kind not in OWN_ARGUMENTS
     ),
 ]
 
