@@ -203,6 +203,8 @@ def read_adapter_config(folder: Path) -> tuple[LoraConfig, str]:
     """Return the adapter's shape and the name of its base model."""
     try:
         card = json.loads((folder / "adapter_config.json").read_text())
+        if card.get("use_rslora") or card.get("use_dora"):
+            raise BadInput(f"{folder}: rsLoRA and DoRA adapters are not supported; merge it into its base with peft")
         targets = card["target_modules"]
         names = ALL_LINEAR if targets == "all-linear" else tuple(t for t in ALL_LINEAR if t in targets)
         return LoraConfig(card["r"], float(card["lora_alpha"]), names), str(card["base_model_name_or_path"])

@@ -13,6 +13,7 @@ from test_embeddings_files import write_tiny_embedder
 
 from ascent.inference.chat import Renderer
 from ascent.inference.convert import EmbedderConfig, convert_gguf, import_model, inspect_folder
+from ascent.inference.lora import read_adapter_config
 from ascent.inference.store import Store
 from ascent.records.errors import AscentError, BadInput, Corrupt, NoSpace
 
@@ -261,6 +262,14 @@ def test_a_faulty_adapter_is_refused(adapter, tmp_path, damage, message):
     damage(adapter)
     with pytest.raises(AscentError, match=message):
         import_model(adapter, "tuned", Store(tmp_path / "s"))
+
+
+@pytest.mark.parametrize("kind", ["use_rslora", "use_dora"])
+def test_an_adapter_of_another_arithmetic_is_refused(adapter, kind):
+    """rsLoRA scales by α/√r and DoRA splits off magnitudes (peft): read as plain LoRA they would give other answers."""
+    edit(adapter / "adapter_config.json", **{kind: True})
+    with pytest.raises(BadInput, match="merge it into its base"):
+        read_adapter_config(adapter)
 
 
 def test_the_test_vocabulary_is_a_real_one():
