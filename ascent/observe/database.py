@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ascent.records.errors import BadInput, MissingExtra
 
 if TYPE_CHECKING:
-    from sqlalchemy import Engine
+    from sqlalchemy import Engine, MetaData
 
 WAIT_S = 30.0  # how long a writer waits for another one of the same SQLite file
 
@@ -41,6 +41,16 @@ def open_database(place: Path | str) -> Engine:
         event.listen(engine, "connect", _prepare_sqlite)
         event.listen(engine, "begin", _begin_sqlite)
     return engine
+
+
+def make_tables(engine: Engine, tables: MetaData) -> None:
+    """Create those that are missing. Two processes may do so at the same moment: who comes second finds it done."""
+    from sqlalchemy.exc import DBAPIError
+
+    try:
+        tables.create_all(engine)
+    except DBAPIError:
+        tables.create_all(engine)
 
 
 def _prepare_sqlite(connection: Any, _: object) -> None:

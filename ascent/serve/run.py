@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 from ascent.jobs.worker import WorkerSettings
 from ascent.records.errors import BadInput, MissingExtra
 from ascent.serve.config import ServerConfig, quota_of
+from ascent.serve.kinds.home import DATABASE
 from ascent.serve.logs import set_up
-from ascent.serve.work.home import DATABASE
 
 if TYPE_CHECKING:
     import uvicorn
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 LOG = logging.getLogger(__name__)
 WORKER_EXIT_S = 60.0  # long enough for training to finish its step and write a checkpoint
 WATCH_S = 1.0
-KINDS = "ascent.serve.work:KINDS"
+KINDS = "ascent.serve.kinds:KINDS"
 
 
 def serve(config: ServerConfig) -> None:

@@ -18,7 +18,6 @@ from typing import Any
 import psutil
 import pytest
 from faults.jobs_work import PHASES, STEPS
-from unit.test_jobs_queue import postgres  # noqa: F401 - a fixture
 
 from ascent.jobs.queue import Queue
 from ascent.jobs.specs import ENDED, Job, JobSpec, Limits
@@ -205,7 +204,7 @@ def test_two_workers_never_run_one_job_twice(site: Site) -> None:
 
 
 @pytest.mark.slow
-def test_two_workers_on_postgresql_survive_a_kill(tmp_path: Path, postgres: str) -> None:  # noqa: F811
+def test_two_workers_on_postgresql_survive_a_kill(tmp_path: Path, postgres: str) -> None:
     site = Site(tmp_path, postgres)
     try:
         two_workers(site)

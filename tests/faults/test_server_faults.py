@@ -24,7 +24,7 @@ from ascent.jobs.queue import Queue
 from ascent.jobs.specs import Job
 from ascent.observe.database import open_database
 from ascent.serve.keys import NewKey
-from ascent.serve.work.customize import PHASES
+from ascent.serve.kinds.customize import PHASES
 
 PATIENCE_S = 120.0
 

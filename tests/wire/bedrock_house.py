@@ -20,10 +20,10 @@ from ascent.jobs.ledger import Ledger
 from ascent.jobs.prices import PriceList
 from ascent.jobs.queue import Queue
 from ascent.observe.database import open_database
+from ascent.serve.kinds import KINDS
 from ascent.serve.models import Models
 from ascent.serve.services.bedrock import Bedrock
 from ascent.serve.wire.authenticate import Caller
-from ascent.serve.work import KINDS
 
 MODEL = botocore.session.get_session().get_service_model("bedrock")
 OPERATIONS = {botocore.xform_name(name): MODEL.operation_model(name) for name in MODEL.operation_names}

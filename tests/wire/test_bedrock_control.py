@@ -21,11 +21,11 @@ from ascent.jobs.prices import Price, PriceList
 from ascent.jobs.specs import STOP_FILE
 from ascent.jobs.worker import Worker
 from ascent.records.errors import AscentError, BadInput, UnknownName
+from ascent.serve.kinds import KINDS
+from ascent.serve.kinds.customize import PHASES
 from ascent.serve.services.bedrock import Bedrock
 from ascent.serve.wire.errors import ServiceError
 from ascent.serve.wire.services import handlers_of
-from ascent.serve.work import KINDS
-from ascent.serve.work.customize import PHASES
 
 
 def test_no_part_of_the_service_hides_a_helper_of_another() -> None:
@@ -362,7 +362,7 @@ def test_models_come_in_as_folder_gguf_and_adapter(house: House, tiny_model: Pat
 
 
 def test_a_batch_goes_on_behind_what_is_answered(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ascent.serve.work.batch_inference.BATCH", 4)
+    monkeypatch.setattr("ascent.serve.kinds.batch_inference.BATCH", 4)
     turn = {"messages": [{"role": "user", "content": [{"text": "Name a tree."}]}], "inferenceConfig": {"maxTokens": 4}}
     rows: list[Any] = [{"recordId": f"R{n:02d}", "modelInput": turn} for n in range(10)]
     rows[3] = {"recordId": "R03", "modelInput": {**turn, "inferenceConfig": {"maxTokens": 4000}}}

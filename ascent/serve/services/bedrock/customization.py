@@ -8,6 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 from ascent.jobs.specs import Job
 from ascent.records.errors import BadInput, UnknownName
+from ascent.serve.kinds.customize import PHASES
+from ascent.serve.kinds.home import phases_of
+from ascent.serve.kinds.hyperparameters import (
+    DISTILLATION,
+    FINE_TUNING,
+    REINFORCEMENT,
+    Settings,
+    recipe_of,
+    settings_of,
+)
 from ascent.serve.services.bedrock.limits import training_limits
 from ascent.serve.services.bedrock.resources import (
     Request,
@@ -21,9 +31,6 @@ from ascent.serve.services.bedrock.resources import (
     refuse,
 )
 from ascent.serve.wire.errors import ServiceError
-from ascent.serve.work.customize import PHASES
-from ascent.serve.work.home import phases_of
-from ascent.serve.work.hyperparameters import DISTILLATION, FINE_TUNING, REINFORCEMENT, Settings, recipe_of, settings_of
 
 if TYPE_CHECKING:
     from ascent.inference.versions import Version
@@ -56,7 +63,7 @@ RFT_NAMES = (
 
 
 class Customization(Resources):
-    """CreateModelCustomizationJob and its kin. The job itself is `ascent.serve.work.customize`."""
+    """CreateModelCustomizationJob and its kin. The job itself is `ascent.serve.kinds.customize`."""
 
     def create_model_customization_job(self, request: Request, caller: Caller) -> Request:
         """Check a request as far as that is possible without its data, and put the job in line."""

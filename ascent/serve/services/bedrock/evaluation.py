@@ -1,4 +1,4 @@
-"""Evaluation jobs: models measured with built-in graders or a use case's. The job is `ascent.serve.work.evaluate`."""
+"""Evaluation jobs: models measured with built-in graders or a use case's. The job is `ascent.serve.kinds.evaluate`."""
 
 from __future__ import annotations
 

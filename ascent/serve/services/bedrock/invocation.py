@@ -1,4 +1,4 @@
-"""Batch inference jobs. The job itself is `ascent.serve.work.batch_inference`."""
+"""Batch inference jobs. The job itself is `ascent.serve.kinds.batch_inference`."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ def _worst_rows(recipe: Recipe, renderer: Renderer, context: int) -> TrainingDat
     """Return rows of the recipe's kind that fill a micro-batch, as long as the model can read."""
     from ascent.customize.recipes import OnlineRecipe
     from ascent.customize.train import TrainingData
-    from ascent.serve.work.rows import feed_of
+    from ascent.serve.kinds.rows import feed_of
 
     feed: Any = feed_of(recipe)
     room = min(context, recipe.token_budget) - int(getattr(recipe, "max_tokens", 0))

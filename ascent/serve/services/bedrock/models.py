@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from ascent.inference.versions import Version
 from ascent.jobs.specs import Job, Limits
 from ascent.records.errors import BadInput, UnknownName
+from ascent.serve.kinds.hyperparameters import DISTILLATION, FINE_TUNING, PRE_TRAINING, REINFORCEMENT
 from ascent.serve.services.bedrock.customization import training_metrics, validation_metrics
 from ascent.serve.services.bedrock.resources import (
     Request,
@@ -25,7 +26,6 @@ from ascent.serve.services.bedrock.resources import (
 )
 from ascent.serve.wire.arns import ACCOUNT, arn
 from ascent.serve.wire.errors import ServiceError
-from ascent.serve.work.hyperparameters import DISTILLATION, FINE_TUNING, PRE_TRAINING, REINFORCEMENT
 
 if TYPE_CHECKING:
     from ascent.serve.wire.authenticate import Caller

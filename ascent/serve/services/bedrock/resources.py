@@ -14,16 +14,17 @@ from ascent.inference.store import Store
 from ascent.inference.versions import Version
 from ascent.jobs.queue import Queue
 from ascent.jobs.specs import ENDED, Job, JobSpec, Limits, QuotaExceeded
-from ascent.jobs.tables import make_tables, sa
+from ascent.jobs.tables import sa
+from ascent.observe.database import make_tables
 from ascent.records import ModelCard
 from ascent.records.errors import UnknownName, nearest
+from ascent.serve.kinds.home import phases_of
+from ascent.serve.kinds.places import Rules, check_place
 from ascent.serve.services.bedrock.deployer import Deployer
 from ascent.serve.services.bedrock.tables import METADATA, TAGS
 from ascent.serve.wire.arns import arn, id_of
 from ascent.serve.wire.errors import ServiceError
 from ascent.serve.wire.pages import page
-from ascent.serve.work.home import phases_of
-from ascent.serve.work.places import Rules, check_place
 
 if TYPE_CHECKING:
     from ascent.jobs.ledger import Ledger

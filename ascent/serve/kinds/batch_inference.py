@@ -17,8 +17,8 @@ from ascent.inference.store import Store
 from ascent.records import FinishReason, Message
 from ascent.records.errors import BadInput, Interrupted
 from ascent.records.files import append_jsonl, read_jsonl, write_atomic
-from ascent.serve.work.home import begin, open_engine, stored_model
-from ascent.serve.work.places import Rules, fetch_all, put
+from ascent.serve.kinds.home import begin, open_engine, stored_model
+from ascent.serve.kinds.places import Rules, fetch_all, put
 
 if TYPE_CHECKING:
     from ascent.inference.engine import Completion, Sampling

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 from ascent.inference.store import Store
 from ascent.records import Report, Verdict
 from ascent.records.files import write_atomic
-from ascent.serve.work import measure
-from ascent.serve.work.home import begin, open_registry, read_state, stored_model, whole_model
-from ascent.serve.work.places import Rules, put
-from ascent.serve.work.rows import Rows, load_rows
+from ascent.serve.kinds import measure
+from ascent.serve.kinds.home import begin, open_registry, read_state, stored_model, whole_model
+from ascent.serve.kinds.places import Rules, put
+from ascent.serve.kinds.rows import Rows, load_rows
 
 if TYPE_CHECKING:
     from ascent.jobs.context import JobContext

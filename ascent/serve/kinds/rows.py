@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from ascent.records import DataSource, Message
 from ascent.records.errors import BadData, BadInput
 from ascent.records.files import write_atomic
-from ascent.serve.work.formats import Feed, as_callers, convert
-from ascent.serve.work.places import Rules, fetch
+from ascent.serve.kinds.formats import Feed, as_callers, convert
+from ascent.serve.kinds.places import Rules, fetch
 
 if TYPE_CHECKING:
     from ascent.customize.data import Loaded

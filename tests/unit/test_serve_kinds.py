@@ -14,10 +14,10 @@ from ascent.customize.recipes import OnlineRecipe, PreferenceRecipe, SupervisedR
 from ascent.evaluate.suite import estimate
 from ascent.records import DataSource, Decision, Episode, Report, Score
 from ascent.records.errors import BadData, BadInput
-from ascent.serve.work.formats import convert
-from ascent.serve.work.hyperparameters import DISTILLATION, METHODS, knobs_of, recipe_of, settings_of, settled
-from ascent.serve.work.measure import MINIMUM, judge
-from ascent.serve.work.places import Rules, check_place, fetch, fetch_all, put
+from ascent.serve.kinds.formats import convert
+from ascent.serve.kinds.hyperparameters import DISTILLATION, METHODS, knobs_of, recipe_of, settings_of, settled
+from ascent.serve.kinds.measure import MINIMUM, judge
+from ascent.serve.kinds.places import Rules, check_place, fetch, fetch_all, put
 
 
 def test_a_file_is_copied_once_with_its_sha256(tmp_path: Path) -> None:

@@ -12,8 +12,8 @@ from ascent.inference.versions import Lineage
 from ascent.records import DataSource, digest
 from ascent.records.errors import BadInput
 from ascent.records.files import write_atomic
-from ascent.serve.work.home import begin, open_registry, own_model, read_state
-from ascent.serve.work.places import Rules, fetch_all
+from ascent.serve.kinds.home import begin, open_registry, own_model, read_state
+from ascent.serve.kinds.places import Rules, fetch_all
 
 if TYPE_CHECKING:
     from ascent.jobs.context import JobContext

@@ -21,11 +21,11 @@ from ascent.inference.versions import Lineage
 from ascent.records import DataSource, ModelCard, Report, RunCard, Verdict
 from ascent.records.errors import Interrupted
 from ascent.records.files import write_atomic
-from ascent.serve.work import measure
-from ascent.serve.work.home import begin, open_engine, open_registry, read_state, stored_model, whole_model
-from ascent.serve.work.hyperparameters import Settings, recipe_of, settled
-from ascent.serve.work.places import Rules, put
-from ascent.serve.work.rows import Rows, check_rows, feed_of, load_rows, training_data
+from ascent.serve.kinds import measure
+from ascent.serve.kinds.home import begin, open_engine, open_registry, read_state, stored_model, whole_model
+from ascent.serve.kinds.hyperparameters import Settings, recipe_of, settled
+from ascent.serve.kinds.places import Rules, put
+from ascent.serve.kinds.rows import Rows, check_rows, feed_of, load_rows, training_data
 
 if TYPE_CHECKING:
     from ascent.customize.recipes import Recipe

@@ -17,7 +17,7 @@ from statistics import NormalDist, fmean
 from typing import TYPE_CHECKING, Any
 
 from ascent.records import Decision, Episode, Report, Score, Verdict, digest
-from ascent.serve.work.rows import Rows, feed_of
+from ascent.serve.kinds.rows import Rows, feed_of
 
 if TYPE_CHECKING:
     from ascent.customize.batch import TrainSequence
