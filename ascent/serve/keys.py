@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ascent.observe.database import make_tables
 from ascent.records.errors import BadInput, Corrupt, MissingExtra, UnknownName
 from ascent.records.files import sync_folder
 
@@ -102,7 +103,7 @@ class Keys:
             sql.Column("expires", sql.Float),
             sql.Column("revoked", sql.Float),
         )
-        tables.create_all(engine)
+        make_tables(engine, tables)
 
     def derive(self, purpose: str) -> bytes:
         """Return a key of 32 bytes for one purpose, the same in every process that has the master key."""

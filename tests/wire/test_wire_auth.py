@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 
 import botocore.auth
 import pytest
+import sqlalchemy
 from botocore.auth import SigV4Auth, SigV4QueryAuth
 from botocore.awsrequest import AWSRequest
 from botocore.credentials import Credentials
@@ -24,12 +25,14 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
+from sqlalchemy import Engine
 from wire.echo import Control, Running, Runtime, running
 
 from ascent.serve.keys import NewKey
 from ascent.serve.wire.authenticate import BRIEFLY_S, SKEW_S
 from ascent.serve.wire.errors import ServiceError
 from ascent.serve.wire.sigv4 import EMPTY_SHA256, expected_signature, read_chunks, read_signed
+from ascent.serve.wire.spent import Answered, Spent
 
 SECRET = "wJalrXUtnFEMI/K7MDENG+bPxRfiCYEXAMPLEKEY"
 SAY = {"modelId": "m", "messages": [{"role": "user", "content": [{"text": "hi"}]}]}
@@ -291,7 +294,34 @@ def test_reads_may_come_again_and_answers_for_a_moment(tmp_path: Path) -> None:
         calls = runtime.calls
         now[0] += SKEW_S
         assert send(server, "POST", said[0], said[1], ask)[0] == 403 and runtime.calls == calls
-        assert not server.authenticator._seen._first or now[0] < time.time() + 2 * SKEW_S
+
+
+def test_a_restart_forgets_no_signature_that_changed_something(tmp_path: Path) -> None:
+    with running(tmp_path, [Control()]) as server:
+        path, headers = signed(server, server.key(), "DELETE", "/custom-models/dose-check")
+        headers["Host"] = urlsplit(server.url).netloc  # signed too, and the next server has another port
+        assert send(server, "DELETE", path, headers)[0] == 200
+    control = Control()
+    with running(tmp_path, [control]) as server:
+        status, _, body = send(server, "DELETE", path, headers)
+    assert status == 403 and "used before" in body["message"] and control.deleted == []
+
+
+def test_spent_signatures_are_kept_until_their_clock_ends_them(database: Engine) -> None:
+    spent, other = Spent(database), Spent(database)
+    assert spent.add(b"a" * 32, now=0.0, lasts=300.0) and not other.add(b"a" * 32, now=299.0, lasts=300.0)
+    spent.forget(b"a" * 32)
+    assert other.add(b"a" * 32, now=299.0, lasts=300.0)
+    assert spent.add(b"b" * 32, now=400.0, lasts=700.0)
+    with database.connect() as connection:
+        kept = connection.execute(sqlalchemy.text("SELECT signature FROM spent_signatures")).scalars().all()
+    assert [bytes(each) for each in kept] == [b"b" * 32]
+
+
+def test_answered_signatures_are_kept_until_their_clock_ends_them() -> None:
+    answered = Answered()
+    assert answered.first(b"a", now=10.0, lasts=310.0) == 10.0 and answered.first(b"a", now=300.0, lasts=310.0) == 10.0
+    assert answered.first(b"b", now=500.0, lasts=800.0) == 500.0 and len(answered) == 1
 
 
 def test_two_equal_calls_in_one_second_are_both_answered(wire: Running, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ from urllib.parse import quote
 from ascent.records.errors import AscentError
 from ascent.serve.logs import REQUEST_ID
 from ascent.serve.wire import pages
-from ascent.serve.wire.authenticate import Authenticator, Caller
+from ascent.serve.wire.authenticate import Authenticator, Caller, Claim
 from ascent.serve.wire.decode import decode_request
 from ascent.serve.wire.encode import NO_BODY, Response, encode_error, encode_response
 from ascent.serve.wire.errors import ServiceError, as_service_error
@@ -140,11 +140,11 @@ class AwsApp:
         token = request.get(operation.token) if operation.token else None
         if token is not None:
             return await self._once(call, token, handler, request, caller)
-        self._authenticator.spend(claim, operation.repeats)
+        await self._spend(claim, operation)
         try:
             return await self._handle(call, handler, request, caller)
         except Exception:
-            self._authenticator.release(claim)
+            await self._in_thread(self._authenticator.release, claim, operation.repeats)
             raise
 
     def _route(self, call: _Call) -> tuple[Operation, Mapping[str, str]]:
@@ -156,6 +156,13 @@ class AwsApp:
                 "those that are served",
             )
         return found
+
+    async def _spend(self, claim: Claim, operation: Operation) -> None:
+        """Use up a signature: in a thread where that is a write, at once where a thread would cost more than it."""
+        if operation.repeats == "never":
+            await self._in_thread(self._authenticator.spend, claim, operation.repeats)
+        else:
+            self._authenticator.spend(claim, operation.repeats)
 
     async def _handle(self, call: _Call, handler: Handler, request: dict[str, Any], caller: Caller) -> Response:
         """Call a handler: on the loop if it is a coroutine, which a client that goes away cancels, else in a thread."""

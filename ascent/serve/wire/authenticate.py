@@ -5,8 +5,8 @@ good. Requests that only read may come again, and so may those with a `clientTok
 Between the two are calls that compute an answer (Converse, InvokeModel): a client that asks the same twice within a
 second makes the same signature twice, honestly, because the clock of a signature counts seconds; those may come again
 for `BRIEFLY_S` after the first. What failed spends nothing, because boto3 may sign its retry in the same second. boto3
-gives each creating call a `clientToken` of its own, so two of them never share a signature. Spent signatures are
-remembered in memory; a restart forgets them.
+gives each creating call a `clientToken` of its own, so two of them never share a signature. What was spent is in
+`spent.py`.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Literal
 
 from ascent.serve.keys import Keys, StoredKey
 from ascent.serve.wire.arns import ACCOUNT
 from ascent.serve.wire.errors import ServiceError
+from ascent.serve.wire.model import Repeats
 from ascent.serve.wire.sigv4 import CHUNKED, UNSIGNED, Signed, expected_signature, read_chunks, read_signed
+from ascent.serve.wire.spent import Answered, Spent
 
 SKEW_S = 300.0
 BRIEFLY_S = 2.0
@@ -92,7 +93,7 @@ class Authenticator:
         self.keys = keys
         self._clock, self._cache_s = clock, cache_s
         self._cache: dict[str, tuple[float, StoredKey]] = {}
-        self._seen = _Seen()
+        self._answered, self._spent = Answered(), Spent(keys.engine)
 
     def authenticate(
         self,
@@ -104,7 +105,7 @@ class Authenticator:
         *,
         service: str | None = None,
         bearer: bool = False,
-        repeats: Literal["always", "briefly", "never"] = "never",
+        repeats: Repeats = "never",
     ) -> Caller:
         """Return the caller of a whole request: `claim`, `verify` and `spend` in one.
 
@@ -209,8 +210,8 @@ class Authenticator:
             raise ServiceError("InvalidSignatureException", "the body is not the one that was signed")
         return _alive(key, replace(caller, region=signed.region), self._clock())
 
-    def spend(self, claim: Claim, repeats: Literal["always", "briefly", "never"]) -> None:
-        """Note that a signature is used, and refuse one that was.
+    def spend(self, claim: Claim, repeats: Repeats) -> None:
+        """Note that a signature is used, and refuse one that was. For `never` this writes to the database.
 
         Args:
             claim: a verified one.
@@ -222,20 +223,23 @@ class Authenticator:
         signed = claim.signed
         if signed is None or repeats == "always":
             return
-        now = self._clock()
+        now, signature = self._clock(), bytes.fromhex(signed.signature)
         lasts = signed.time.timestamp() + (SKEW_S if signed.expires_s is None else signed.expires_s)
-        first = self._seen.first(bytes.fromhex(signed.signature), now, lasts)
-        if first is not None and (repeats == "never" or now - first > BRIEFLY_S):
+        if repeats == "briefly":
+            used = now - self._answered.first(signature, now, lasts) > BRIEFLY_S
+        else:
+            used = not self._spent.add(signature, now, lasts)
+        if used:
             raise ServiceError(
                 "InvalidSignatureException",
-                "this signature was used before, and the operation changes something; sign each request anew, a second "
-                "later or with a clientToken of its own",
+                "this signature was used before; sign each request anew, a second later or with its own clientToken",
             )
 
-    def release(self, claim: Claim) -> None:
-        """Let a signature be used again, because nothing came of the request."""
-        if claim.signed is not None:
-            self._seen.forget(bytes.fromhex(claim.signed.signature))
+    def release(self, claim: Claim, repeats: Repeats) -> None:
+        """Undo `spend`, because nothing came of the request."""
+        if claim.signed is None or repeats == "always":
+            return
+        (self._answered if repeats == "briefly" else self._spent).forget(bytes.fromhex(claim.signed.signature))
 
     def content(self, claim: Claim, body: bytes) -> bytes:
         """Return the body without the frames of signed chunks, where it has them; each chunk is verified.
@@ -285,33 +289,6 @@ class Authenticator:
                 "InvalidSignatureException",
                 f"Signature not yet current: it is of {signed.stamp}, {-age:.0f} s ahead; set the client's clock",
             )
-
-
-class _Seen:
-    """Signatures that were used, each kept until its clock ends it."""
-
-    def __init__(self) -> None:
-        self._first: dict[bytes, float] = {}
-        self._ending: dict[int, list[bytes]] = {}
-        self._cleaned = 0
-
-    def first(self, signature: bytes, now: float, lasts: float) -> float | None:
-        """Return when a signature was first seen; None, and it is kept, if it is new."""
-        minute = int(now // 60)
-        if minute != self._cleaned:
-            for ended in [each for each in self._ending if each < minute]:
-                for old in self._ending.pop(ended):
-                    self._first.pop(old, None)
-            self._cleaned = minute
-        if (known := self._first.get(signature)) is not None:
-            return known
-        self._first[signature] = now
-        self._ending.setdefault(int(lasts // 60), []).append(signature)
-        return None
-
-    def forget(self, signature: bytes) -> None:
-        """Drop a signature."""
-        self._first.pop(signature, None)
 
 
 def _alive(key: StoredKey, caller: Caller, now: float) -> Caller:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from ascent.observe.database import make_tables
 from ascent.records.errors import MissingExtra
 from ascent.serve.wire.encode import Response
 from ascent.serve.wire.errors import ServiceError
@@ -51,7 +52,7 @@ class Idempotency:
             sql.Column("headers", sql.Text),
             sql.Column("body", sql.LargeBinary),
         )
-        tables.create_all(engine)
+        make_tables(engine, tables)
 
     def begin(self, owner: str, operation: Operation, token: str, request: dict[str, Any]) -> Response | None:
         """Return the answer that was given already, or None: then answer, and `finish` or `forget`.

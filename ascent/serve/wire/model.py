@@ -14,6 +14,7 @@ SERVICES = ("bedrock-runtime", "bedrock", "sagemaker-runtime", "bedrock-agentcor
 """What one port routes, by botocore's names. No two of their operations share method and path."""
 
 Kind = Literal["structure", "list", "map", "string", "integer", "number", "boolean", "blob", "timestamp", "document"]
+Repeats = Literal["always", "briefly", "never"]
 _KINDS: dict[str, Kind] = {"long": "integer", "float": "number", "double": "number", "character": "string"}
 _BITS = {"integer": 31, "long": 63}
 
@@ -119,7 +120,7 @@ class Operation:
         self.error_codes: tuple[str, ...] = tuple(shape.name for shape in model.error_shapes)
 
     @cached_property
-    def repeats(self) -> Literal["always", "briefly", "never"]:
+    def repeats(self) -> Repeats:
         """Whether the same signature may come again."""
         if self._service.raw["operations"][self.name].get("readonly") or self.method in ("GET", "HEAD"):
             return "always"
