@@ -14,7 +14,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 from urllib.parse import unquote, urlsplit
 
@@ -91,7 +90,9 @@ def check_torch() -> Check:
 
 def check_threads() -> Check:
     """How many cores this process may use, and how many of them torch will."""
-    cores = usable_cores()
+    from ascent.inference.machine import this_machine
+
+    cores = this_machine().cores
     asked = os.environ.get("OMP_NUM_THREADS", "")
     threads = int(asked) if asked.isdigit() else cores
     found = f"{cores} usable cores, {threads} compute threads"
@@ -103,26 +104,13 @@ def check_threads() -> Check:
     return Check("threads", "ok", found)
 
 
-def usable_cores() -> int:
-    """Return the cores that this process may run on, a container's quota included."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota, _, period = _read("/sys/fs/cgroup/cpu.max").partition(" ")
-    if quota.isdigit() and period.isdigit():
-        allowed = min(allowed, max(1, int(quota) // int(period)))
-    return allowed
-
-
 def check_memory() -> Check:
     """Memory that is free now, a container's limit included."""
-    import psutil
+    from ascent.inference.machine import this_machine
 
-    memory = psutil.virtual_memory()
-    total, free = memory.total, memory.available
-    limit, used = _read("/sys/fs/cgroup/memory.max"), _read("/sys/fs/cgroup/memory.current")
-    if limit.isdigit() and int(limit) < total:
-        total = int(limit)
-        free = min(free, total - int(used or 0))
-    found = f"{_gb(free)} free of {_gb(total)}"
+    machine = this_machine()
+    free = machine.free
+    found = f"{_gb(free)} free of {_gb(machine.memory)}"
     if free < MEMORY_NEEDED:
         remedy = f"close other programs: training {DEFAULT_MODEL} takes {_gb(MEMORY_NEEDED)} or more"
         return Check("memory", "fail", found, remedy)
@@ -298,13 +286,6 @@ def _rate(dtype: object, seconds: float, clock: Callable[[], float] = time.monot
         a @ b
         done += 1
     return 2 * MATMUL_SIZE**3 * done / max(elapsed, 1e-9)
-
-
-def _read(path: str) -> str:
-    try:
-        return Path(path).read_text(encoding="ascii").strip()
-    except OSError:
-        return ""
 
 
 def _gb(count: float) -> str:

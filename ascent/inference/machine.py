@@ -1,4 +1,4 @@
-"""How much of this machine jobs may take: its cores and memory, a container's limits included."""
+"""What this process may use of its machine: cores and memory, a container's limits included."""
 
 from __future__ import annotations
 
@@ -10,45 +10,33 @@ from pathlib import Path
 
 import psutil
 
-CORES_PER_SLOT = 4
-"""Training of small models gains little from more threads than this, and loses much with fewer than all of two."""
-SHARE = 0.8
-"""Of the memory; the rest is the system's, the server's and the worker's own."""
-
 
 @dataclass(frozen=True)
 class Machine:
-    """What this process may use: whole cores, and MiB of memory."""
+    """What this process may use: whole cores, bytes of memory, and how many of them nobody holds now."""
 
     cores: int
-    memory_mb: int
-
-    @property
-    def slots(self) -> int:
-        """How many jobs run at a time."""
-        return max(1, self.cores // CORES_PER_SLOT)
-
-    @property
-    def job_memory_mb(self) -> int:
-        """What all jobs together may take."""
-        return int(self.memory_mb * SHARE)
+    memory: int
+    free: int
 
 
 def this_machine(root: Path = Path("/")) -> Machine:
     """Read affinity, memory, and the limits of control groups, version 1 or 2, from the tree below `root`."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    memory = psutil.virtual_memory().total
+    system = psutil.virtual_memory()
+    memory, free = system.total, system.available
     for controller, folder in _groups(root):
         if controller in ("memory", ""):
-            for name in ("memory.max", "memory.limit_in_bytes"):
-                memory = min(memory, _number(folder / name) or memory)
+            for limit, usage in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
+                if most := _number(folder / limit):
+                    memory, free = min(memory, most), min(free, max(0, most - _number(folder / usage)))
         if controller in ("cpu", ""):
             quota, _, period = _text(folder / "cpu.max").partition(" ")
             if not period:
                 quota, period = _text(folder / "cpu.cfs_quota_us"), _text(folder / "cpu.cfs_period_us")
             if quota.isdigit() and period.isdigit() and int(quota) and int(period):
                 cores = min(cores, max(1, int(quota) // int(period)))
-    return Machine(cores, memory >> 20)
+    return Machine(cores, memory, free)
 
 
 def _groups(root: Path) -> Iterator[tuple[str, Path]]:

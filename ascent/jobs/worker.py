@@ -20,11 +20,12 @@ from types import FrameType
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from ascent.inference.machine import this_machine
 from ascent.jobs.attempt import AttemptRun, Ended, folder_bytes
 from ascent.jobs.ledger import Ledger, Usage
-from ascent.jobs.machine import this_machine
 from ascent.jobs.processes import end_all, follow, this_process
 from ascent.jobs.queue import Queue
+from ascent.jobs.share import memory_mb_of, slots_of
 from ascent.jobs.specs import ENDED, USAGE_FILE, Job, Lease, LeaseLost, Quota
 from ascent.jobs.tables import DBAPIError
 from ascent.records.errors import BadInput, Corrupt, NoSpace, UnknownName
@@ -69,8 +70,8 @@ class Worker:
         """
         machine = this_machine()
         self.queue, self.kinds, self.ledger, self.passed = queue, dict(kinds), ledger, tuple(passed)
-        self.slots = machine.slots if slots is None else slots
-        self.memory_mb = memory_mb or machine.job_memory_mb
+        self.slots = slots_of(machine) if slots is None else slots
+        self.memory_mb = memory_mb or memory_mb_of(machine)
         self.threads = max(1, machine.cores // max(1, self.slots))
         self.grace_s, self.poll_s, self.name = grace_s, poll_s, this_process()
         self.runs: list[AttemptRun] = []

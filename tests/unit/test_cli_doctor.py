@@ -6,11 +6,10 @@ import importlib.metadata
 import sys
 from pathlib import Path
 
-import psutil
 import pytest
 
 from ascent.cli.main import run
-from ascent.inference import doctor
+from ascent.inference import doctor, machine
 from ascent.inference.store import Store
 
 
@@ -60,27 +59,15 @@ def test_a_store_that_cannot_be_written(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("free", "level"), [(1e9, "fail"), (4e9, "warn"), (50e9, "ok")])
 def test_memory_and_disk_thresholds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, free: float, level: str) -> None:
-    memory = psutil.virtual_memory()._replace(available=int(free), total=int(64e9))
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
-    monkeypatch.setattr(doctor, "_read", lambda path: "")
+    monkeypatch.setattr(machine, "this_machine", lambda: machine.Machine(4, int(64e9), int(free)))
     assert doctor.check_memory().level == level
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda place: type("Usage", (), {"free": free})())
     assert doctor.check_disk(Store(tmp_path)).level == level
 
 
-def test_a_container_limit_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    limits = {"/sys/fs/cgroup/memory.max": "4000000000", "/sys/fs/cgroup/memory.current": "2000000000"}
-    limits["/sys/fs/cgroup/cpu.max"] = "150000 100000"
-    monkeypatch.setattr(doctor, "_read", lambda path: limits.get(path, ""))
-    check = doctor.check_memory()
-    assert check.level == "fail"
-    assert "of 4.0 GB" in check.found
-    assert doctor.usable_cores() == 1
-
-
 @pytest.mark.parametrize(("threads", "level"), [("1", "warn"), ("4", "ok"), ("64", "warn"), ("", "ok")])
 def test_threads(monkeypatch: pytest.MonkeyPatch, threads: str, level: str) -> None:
-    monkeypatch.setattr(doctor, "usable_cores", lambda: 4)
+    monkeypatch.setattr(machine, "this_machine", lambda: machine.Machine(4, 1, 1))
     monkeypatch.setenv("OMP_NUM_THREADS", threads)
     assert doctor.check_threads().level == level
 

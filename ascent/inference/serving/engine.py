@@ -13,11 +13,11 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-import psutil
 import torch
 
 from ascent.inference.chat import Renderer
 from ascent.inference.decoder import load_decoder
+from ascent.inference.machine import this_machine
 from ascent.inference.sampling.weights import Packed, Weights
 from ascent.inference.serving.adapters import AdaptedWeights, Adapter
 from ascent.inference.serving.choose import Choice, allowed_tokens, choose
@@ -74,7 +74,7 @@ class ServingEngine:
         self._weights = AdaptedWeights(Weights(decoder, Packed()))
         token_bytes = 2 * config.layers * config.kv_heads * config.head_size * dtype.itemsize
         if cache_tokens is None:
-            held = int(min(CACHE_BYTES, CACHE_SHARE * psutil.virtual_memory().available)) // token_bytes
+            held = int(min(CACHE_BYTES, CACHE_SHARE * this_machine().free)) // token_bytes
             cache_tokens = min(held, rows * self.context)
         self._pages = Pages(max(1, cache_tokens // PAGE))
         like = torch.empty(0, dtype=dtype, device=decoder.device)
