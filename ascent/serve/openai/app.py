@@ -230,8 +230,13 @@ def _embedding_inputs(body: dict[str, Any]) -> tuple[list[str], str]:
 
 
 def _embed_texts(embedder: Any, texts: list[str]) -> tuple[Any, int]:
+    from ascent.inference.serving.kernels import release_threads
+
     ids = embedder.tokenise(texts)
-    return embedder.embed_all(ids).numpy(), sum(map(len, ids))
+    try:
+        return embedder.embed_all(ids).numpy(), sum(map(len, ids))
+    finally:
+        release_threads()  # or those of this thread would halve the speed of the engines
 
 
 def _vector(row: Any, form: str) -> Any:
