@@ -11,18 +11,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ascent.inference.engines.named import remote_address
+from ascent.inference.machine import this_machine
 from ascent.inference.registry import Registry
 from ascent.inference.store import Store
 from ascent.jobs.ledger import Ledger
-from ascent.jobs.machine import this_machine
 from ascent.jobs.prices import load_prices
 from ascent.jobs.queue import Queue
+from ascent.jobs.share import memory_mb_of
 from ascent.jobs.specs import Status
 from ascent.observe.database import open_database
 from ascent.records.errors import AscentError
 from ascent.serve.charge import Charges
 from ascent.serve.config import ServerConfig, quota_of
 from ascent.serve.keys import Keys
+from ascent.serve.kinds.places import Rules
 from ascent.serve.metrics import CONTENT_TYPE, Metrics
 from ascent.serve.models import EVERYONE, Models, Target
 from ascent.serve.openai import OpenAIApp
@@ -58,7 +60,7 @@ class Server:
         self.home.mkdir(parents=True, exist_ok=True, mode=0o700)
         database = open_database(config.database or self.home / "ascent.db")
         self.keys = Keys(database, self.home / "master.key")
-        memory_mb = config.jobs.memory_mb or this_machine().job_memory_mb
+        memory_mb = config.jobs.memory_mb or memory_mb_of(this_machine())
         self.queue = Queue(database, self.home / "jobs", memory_mb=memory_mb, quota=quota_of(config))
         self.registry = Registry(database, self.store)
         self.ledger = Ledger(database, load_prices(config.prices))
@@ -68,7 +70,9 @@ class Server:
         self.models.on_call += [self.metrics.call, self._charges]
         self.metrics.watch(self._gauges)
         authenticator = Authenticator(self.keys)
-        bedrock = Bedrock(self.queue, self.registry, self.models, self.store, self.ledger, self.home)
+        closed = (str(self.home), str(self.store.root.absolute()))
+        rules = Rules(config.data if config.data is not None or config.loopback else (), closed)
+        bedrock = Bedrock(self.queue, self.registry, self.models, self.store, self.ledger, self.home, rules=rules)
         self._deployer = bedrock.deployer
         self.models.route = self._deployer.route
         limits = Limits(body_bytes=config.max_body_mb << 20)

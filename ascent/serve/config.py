@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -65,6 +66,8 @@ class JobLimits(BaseModel):
     """Jobs of one owner that wait; more are refused."""
     stored_mb_each: int | None = Field(default=None, ge=1)
     """What the files of one owner's jobs may take; beyond it no job is accepted."""
+    environment: tuple[str, ...] = ()
+    """Names of variables that jobs are given too, such as `AWS_ACCESS_KEY_ID` and `AWS_ENDPOINT_URL` of a store."""
 
 
 class ServerConfig(BaseModel):
@@ -92,6 +95,9 @@ class ServerConfig(BaseModel):
     """Limits of each base model."""
     jobs: JobLimits = JobLimits()
     """Limits of customization, import, batch and evaluation jobs."""
+    data: tuple[str, ...] | None = None
+    """Where callers' data and results may lie: folders, and addresses such as `s3://bucket/folder`. Left out: anywhere
+    if only this machine reaches the server, else nowhere."""
     prices: Path | None = None
     """A price list; without one everything is metered and costs nothing."""
     max_body_mb: int = Field(default=64, ge=1, le=2048)
@@ -130,7 +136,7 @@ def load_config(
     """Return the configuration from `file`, `ASCENT_SERVER_…` variables and what was `given` on the command line.
 
     A variable is named after its field, nested ones with two underscores: `ASCENT_SERVER_PORT`,
-    `ASCENT_SERVER_JOBS__SLOTS`.
+    `ASCENT_SERVER_JOBS__SLOTS`. Lists are written as JSON: `ASCENT_SERVER_DATA='["/srv/data"]'`.
 
     Raises:
         BadRecipe: the file is malformed; with line and key.
@@ -157,8 +163,17 @@ def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
                 f"the variable {name} names no field of the server{nearest(first, ServerConfig.model_fields)}"
             )
         target = found.setdefault(first, {}) if rest else found
-        target[rest[0] if rest else first] = value
+        target[rest[0] if rest else first] = _list_or_text(name, value)
     return found
+
+
+def _list_or_text(name: str, value: str) -> Any:
+    if not value.startswith("["):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError as error:
+        raise BadInput(f'the variable {name} is no list in JSON ({error}); write ["one", "two"]') from error
 
 
 def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:

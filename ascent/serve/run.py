@@ -134,7 +134,7 @@ class WorkerKeeper:
             memory_mb=config.jobs.memory_mb,
             prices=config.prices,
             quota=quota_of(config),
-            passed=("ASCENT_NATIVE", *((DATABASE,) if config.database else ())),
+            passed=("ASCENT_NATIVE", *config.jobs.environment, *((DATABASE,) if config.database else ())),
             parent=os.getpid(),
         ).model_dump_json()
         self._environment = os.environ | {DATABASE: database}

@@ -22,6 +22,7 @@ def test_options_win_over_variables_over_the_file_over_defaults(tmp_path: Path) 
     assert (found.port, found.host, found.engine.rows, found.engine.waiting) == (3, "127.0.0.2", 8, 5)
     assert load_config(file, {}, variables).port == 2
     assert load_config(None, {}, {}) == ServerConfig()
+    assert load_config(None, {}, {"ASCENT_SERVER_DATA": '["/srv", "s3://b"]'}).data == ("/srv", "s3://b")
 
 
 @pytest.mark.parametrize(
@@ -47,6 +48,7 @@ def test_a_mistake_in_the_file_is_named_by_line_and_key(tmp_path: Path, text: st
         ("ASCENT_SERVER_PORT", "many", "port"),
         ("ASCENT_SERVER_PORT__X", "1", "names no field"),
         ("ASCENT_SERVER_JOBS__SLOTS", "-1", "jobs.slots"),
+        ("ASCENT_SERVER_DATA", "[/srv", "no list in JSON"),
     ],
 )
 def test_a_mistake_in_a_variable_is_named(name: str, value: str, told: str) -> None:

@@ -70,7 +70,15 @@ def test_no_way_leads_out_of_the_roots_or_into_the_servers_folder(tmp_path: Path
     for uri in ("local:///a", "dir://a", "zip://a", "memory://a", "simplecache::file:///a", "nothing://a", "s3://"):
         with pytest.raises(BadInput):
             check_place(uri, Rules())
-    assert check_place("s3://bucket/key.jsonl", rooted) == "s3"
+    assert check_place("s3://bucket/key.jsonl", Rules()) == "s3"
+    team = Rules(roots=("s3://bucket/team", f"file://{tmp_path}/open"))
+    assert check_place("s3://bucket/team/a.jsonl", team) == "s3"
+    assert check_place(f"file://{tmp_path}/open/secret.jsonl", team) == "file"
+    for uri in ("s3://bucket/key", "s3://bucket/teams/a", "s3://bucket/team/../key", "s3a://bucket/team/a"):
+        with pytest.raises(BadInput):
+            check_place(uri, team)
+    with pytest.raises(BadInput, match="nowhere, by `data`"):
+        check_place(f"file://{tmp_path}/open/secret.jsonl", Rules(roots=()))
 
 
 @pytest.mark.parametrize("kind", METHODS)

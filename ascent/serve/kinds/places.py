@@ -1,7 +1,8 @@
 """Where callers' files lie: `s3://`, `file://` and every other fsspec address, copied in before use and out at the end.
 
 A caller's address is data of a stranger: chained and wrapped filesystems are refused, `file://` never reaches the
-server's own folder, and where roots are set, nothing outside them.
+server's own folders, and where roots are set, nothing outside them is reached. `s3://` goes through obstore, because
+s3fs needs an older botocore than the wire; what stores take from the environment they find there.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import os
 import posixpath
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +38,13 @@ class Rules:
     """What a caller may address.
 
     Attributes:
-        roots: the folders that `file://` may reach; empty allows any that is not closed.
+        roots: folders, and addresses such as `s3://bucket/folder`, below which all must lie; None allows any.
         closed: folders that `file://` never reaches, such as the server's own.
         limit_mb: the most that one address may hold.
     """
 
-    roots: tuple[str, ...] = ()
-    closed: tuple[str, ...] = ()
+    roots: Sequence[str] | None = None
+    closed: Sequence[str] = ()
     limit_mb: int = LIMIT_MB
 
 
@@ -74,14 +76,18 @@ def check_place(uri: str, rules: Rules) -> str:
         )
     if protocol in WRAPPERS or protocol not in fsspec.available_protocols():
         raise BadInput(f"{uri!r}: {protocol}:// is not supported here; use s3://, file:// or another store of fsspec")
-    if protocol == "file":
-        real = os.path.realpath("/" + path.lstrip("/"))
-        inside = [root for root in rules.closed if _within(real, root)]
-        if inside:
-            raise BadInput(f"{uri!r} lies in the server's own folder, which no caller reaches; put the data elsewhere")
-        if rules.roots and not any(_within(real, root) for root in rules.roots):
-            where = ", ".join(rules.roots)
-            raise BadInput(f"{uri!r}: this server takes files below {where}; put the data there, or into a store")
+    if protocol == "s3" and not _s3_is_here():
+        raise BadInput(f"{uri!r}: this server cannot read S3; install it there: pip install 'ascent-posttrain[s3]'")
+    place = os.path.realpath("/" + path.lstrip("/")) if protocol == "file" else uri
+    if protocol == "file" and any(_within(place, root) for root in rules.closed):
+        raise BadInput(f"{uri!r} lies in the server's own folder, which no caller reaches; put the data elsewhere")
+    if ".." in path.split("/") and protocol != "file":
+        raise BadInput(f"{uri!r} has a '..'; write the address that it leads to")
+    if rules.roots is not None and not any(_below(place, root) for root in rules.roots):
+        raise BadInput(
+            f"{uri!r} is not where this server takes data from and puts results; that is "
+            f"{', '.join(rules.roots) or 'nowhere'}, by `data` of its configuration"
+        )
     return protocol
 
 
@@ -195,17 +201,43 @@ def _reaching(uri: str) -> Iterator[None]:
     except FileNotFoundError as error:
         raise BadInput(f"nothing lies at {uri!r}; check the address") from error
     except PermissionError as error:
-        raise BadInput(f"{uri!r} may not be reached ({error}); check its permissions and the server's own") from error
+        raise BadInput(
+            f"{uri!r} may not be reached ({_first_line(error)}); check its permissions and the server's own"
+        ) from error
     except ImportError as error:
         raise BadInput(f"{uri!r}: the server lacks the driver ({error}); install it where the server runs") from error
     except OSError as error:
         if error.errno == 28:
             raise NoSpace(f"no space left while copying {uri!r}; free some and submit again") from error
-        raise Unavailable(f"{uri!r} cannot be reached ({error}); it is tried again") from error
+        raise Unavailable(f"{uri!r} cannot be reached ({_first_line(error)}); it is tried again") from error
     except Exception as error:
-        raise Unavailable(f"{uri!r} cannot be reached ({type(error).__name__}: {error}); it is tried again") from error
+        told = f"{type(error).__name__}: {_first_line(error)}"
+        raise Unavailable(f"{uri!r} cannot be reached ({told}); it is tried again") from error
+
+
+def _first_line(error: Exception) -> str:
+    """Stores add pages of what they were doing."""
+    return str(error).partition("\n")[0][:500]
+
+
+def _below(place: str, root: str) -> bool:
+    """Whether a real path lies below a folder, or an address below an address."""
+    if "://" not in place:
+        return "://" not in root.removeprefix("file://") and _within(place, root.removeprefix("file://"))
+    return place == root or place.startswith(root.rstrip("/") + "/")
 
 
 def _within(path: str, root: str) -> bool:
     top = os.path.realpath(root)
     return path == top or path.startswith(top.rstrip("/") + "/")
+
+
+@cache
+def _s3_is_here() -> bool:
+    """Let fsspec open `s3://` through obstore; False where that is not installed."""
+    try:
+        from obstore.fsspec import register
+    except ImportError:
+        return False
+    register("s3")
+    return True
