@@ -31,9 +31,10 @@ from ascent.serve.openai import OpenAIApp
 from ascent.serve.services.bedrock import Bedrock
 from ascent.serve.services.bedrock_runtime import BedrockRuntime
 from ascent.serve.services.sagemaker_runtime import SageMakerRuntime
-from ascent.serve.wire.app import AwsApp, Limits, Receive, Scope, Send
+from ascent.serve.wire.app import AwsApp
 from ascent.serve.wire.authenticate import Authenticator
 from ascent.serve.wire.errors import ServiceError
+from ascent.serve.wire.incoming import Limits, Receive, Scope, Send
 
 if TYPE_CHECKING:
     from ascent.inference.serving.engine import ServingEngine

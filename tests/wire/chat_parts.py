@@ -26,7 +26,7 @@ from ascent.serve.models import EVERYONE, Deployment, Models, Target
 from ascent.serve.openai import OpenAIApp
 from ascent.serve.services.bedrock_runtime import BedrockRuntime
 from ascent.serve.services.sagemaker_runtime import SageMakerRuntime
-from ascent.serve.wire import Authenticator, aws_app
+from ascent.serve.wire import Authenticator, AwsApp
 
 REGION = "us-east-1"
 
@@ -78,7 +78,7 @@ def serve(folder: Path, deployments: dict[str, str], store: Path | None = None) 
     guardrails = folder / "guardrails"
     guardrails.mkdir()
     authenticator = Authenticator(keys)
-    aws = aws_app([BedrockRuntime(models, guardrails), SageMakerRuntime(models)], authenticator)
+    aws = AwsApp([BedrockRuntime(models, guardrails), SageMakerRuntime(models)], authenticator)
     openai = OpenAIApp(models, authenticator)
 
     async def app(scope: Any, receive: Any, send: Any) -> None:

@@ -20,7 +20,7 @@ from botocore.config import Config
 from ascent.observe.database import open_database
 from ascent.records.errors import BadInput, Busy, Corrupt, UnknownName
 from ascent.serve.keys import Keys, NewKey
-from ascent.serve.wire import Authenticator, Caller, Limits, ServiceError, arn, aws_app, id_of, page
+from ascent.serve.wire import Authenticator, AwsApp, Caller, Limits, ServiceError, arn, id_of, page
 
 START_S = 20.0
 
@@ -252,7 +252,7 @@ def running(
     keys = Keys(open_database(folder / "ascent.db"), folder / "master.key")
     authenticator = Authenticator(keys, cache_s=0.05, clock=clock)
     seen: list[tuple[str, int, float]] = []
-    app = aws_app(services, authenticator, limits=limits, on_request=lambda *facts: seen.append(facts))
+    app = AwsApp(services, authenticator, limits=limits, on_request=lambda *facts: seen.append(facts))
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         port = listening.getsockname()[1]

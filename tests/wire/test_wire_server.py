@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from botocore.exceptions import ClientError, EventStreamError, ReadTimeoutError
-from wire.echo import Control, Running, Runtime, running
+from wire.echo import Control, Memories, Running, Runtime, running
 
 from ascent.records.errors import BadInput
 from ascent.serve.services.bedrock import Bedrock
@@ -153,10 +153,13 @@ def test_a_token_of_another_listing_is_refused(wire: Running) -> None:
         assert refused["Error"]["Code"] == "ValidationException" and "nextToken" in refused["Error"]["Message"]
 
 
-def test_waiters_wait(wire: Running) -> None:
-    waiter = wire.client("bedrock-agentcore-control").get_waiter("memory_created")
-    waiter.config.delay = 0.05
-    waiter.wait(memoryId="memory-abcdefghij")
+def test_waiters_wait(tmp_path: Path) -> None:
+    memories = Memories()
+    with running(tmp_path, [memories]) as server:
+        waiter = server.client("bedrock-agentcore-control").get_waiter("memory_created")
+        waiter.config.delay = 0.05
+        waiter.wait(memoryId="memory-abcdefghij")
+    assert memories.looks == 3
 
 
 def test_one_token_makes_one_job(wire: Running, control: Control) -> None:

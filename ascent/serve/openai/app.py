@@ -18,10 +18,11 @@ from ascent.records.errors import AscentError, BadInput, Unavailable, UnknownNam
 from ascent.serve.chat.collect import collect_all, merged
 from ascent.serve.chat.types import ChatModel, ChatRequest, Delta, Finish, Usage
 from ascent.serve.logs import REQUEST_ID
-from ascent.serve.openai.http import Exchange, Gone
+from ascent.serve.openai.http import Exchange
 from ascent.serve.openai.reply import Reply, error_reply
 from ascent.serve.openai.request import Asked, BadField, read_chat, read_completion
-from ascent.serve.wire.app import Limits, OnRequest, Receive, Scope, Send
+from ascent.serve.wire.app import OnRequest
+from ascent.serve.wire.incoming import GONE, Gone, Limits, Receive, Scope, Send
 
 if TYPE_CHECKING:
     from ascent.serve.models import Deployment, Models
@@ -62,6 +63,7 @@ class OpenAIApp:
         try:
             await self._answer(exchange)
         finally:
+            exchange.incoming.close()
             REQUEST_ID.reset(token)
             if self._on_request is not None:
                 self._on_request(exchange.action, exchange.status, time.perf_counter() - exchange.begun)
@@ -69,9 +71,9 @@ class OpenAIApp:
     async def _answer(self, exchange: Exchange) -> None:
         """Send what comes of a request, whatever that is."""
         try:
-            await exchange.unless_gone(self._respond(exchange))
+            await exchange.incoming.unless_gone(self._respond(exchange))
         except Gone:
-            exchange.status = 499  # logged for a client that went away; never sent
+            exchange.status = GONE
         except AscentError as error:
             status, body, headers = error_reply(error)
             if status >= 500:
@@ -112,7 +114,7 @@ class OpenAIApp:
         return caller
 
     async def _body(self, exchange: Exchange) -> dict[str, Any]:
-        raw = await exchange.read_body(self._limits)
+        raw = await exchange.incoming.body(self._limits, exchange.headers.get("content-length", ""))
         try:
             body = json.loads(raw)
         except (ValueError, RecursionError) as error:

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import time
-from collections.abc import Coroutine
 from typing import Any
 
-from ascent.serve.wire.app import Limits, Receive, Scope, Send
-from ascent.serve.wire.errors import ServiceError
-
-
-class Gone(Exception):
-    """The client went away."""
+from ascent.serve.wire.incoming import Incoming, Receive, Scope, Send
 
 
 class Exchange:
     """One request and its answer.
 
     Attributes:
+        incoming: the client's side.
         path: percent-decoded once, except what is decoded by the route.
         headers: names in lower case.
         action: `openai:Operation`, for logs and scopes.
@@ -27,54 +21,14 @@ class Exchange:
     """
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, request_id: str) -> None:
-        self._send, self._receive, self.request_id, self.begun = send, receive, request_id, time.perf_counter()
+        self._send, self.request_id, self.begun = send, request_id, time.perf_counter()
+        self.incoming = Incoming(receive)
         self.method: str = scope["method"]
         raw = scope.get("raw_path")
         self.path: str = (raw.decode("latin-1") if raw else scope["path"]).partition("?")[0]
         self.headers = {key.decode("latin-1").lower(): value.decode("latin-1") for key, value in scope["headers"]}
         self.action, self.status = "openai:unknown", 500
-        self._whole = asyncio.Event()  # the body is here, and what comes next can only be a disconnect
         self._started = False
-
-    async def read_body(self, limits: Limits) -> bytes:
-        """Return the body.
-
-        Raises:
-            ServiceError: it is too large, or too slow.
-            Gone: the client went away.
-        """
-        parts, size = [], 0
-        try:
-            async with asyncio.timeout(limits.body_s):
-                while True:
-                    message = await self._receive()
-                    if message["type"] == "http.disconnect":
-                        raise Gone
-                    part = message.get("body", b"")
-                    size += len(part)
-                    if size > limits.body_bytes:
-                        text = f"the body is larger than {limits.body_bytes} bytes; send less"
-                        raise ServiceError("ValidationException", text, status=413)
-                    parts.append(part)
-                    if not message.get("more_body"):
-                        self._whole.set()
-                        return b"".join(parts)
-        except TimeoutError as error:
-            text = f"the body was not here after {limits.body_s:g} s; send it faster"
-            raise ServiceError("RequestTimeoutException", text, status=408) from error
-
-    async def unless_gone(self, work: Coroutine[Any, Any, None]) -> None:
-        """Do `work`; cancel it if the client goes away first, and raise Gone."""
-        task, gone = asyncio.ensure_future(work), asyncio.ensure_future(self._disconnected())
-        try:
-            await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
-            if not task.done():
-                raise Gone
-            task.result()
-        finally:
-            task.cancel()
-            gone.cancel()
-            await asyncio.gather(task, gone, return_exceptions=True)
 
     async def json(self, value: Any, status: int = 200, headers: dict[str, str] | None = None) -> None:
         """Send a whole answer."""
@@ -103,8 +57,3 @@ class Exchange:
 
     async def _body(self, data: bytes, *, more: bool) -> None:
         await self._send({"type": "http.response.body", "body": data, "more_body": more})
-
-    async def _disconnected(self) -> None:
-        await self._whole.wait()
-        while (await self._receive())["type"] != "http.disconnect":
-            pass

@@ -13,9 +13,9 @@ import inspect
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 from urllib.parse import quote
 
@@ -28,26 +28,13 @@ from ascent.serve.wire.encode import NO_BODY, Response, encode_error, encode_res
 from ascent.serve.wire.errors import ServiceError, as_service_error
 from ascent.serve.wire.events import CONTENT_TYPE, error_frame, event_frame
 from ascent.serve.wire.idempotency import Idempotency
+from ascent.serve.wire.incoming import GONE, Gone, Incoming, Limits, Receive, Scope, Send
 from ascent.serve.wire.model import SERVICES, Operation, load_service
 from ascent.serve.wire.router import Router
 from ascent.serve.wire.services import Handler, handlers_of
 
 LOG = logging.getLogger(__name__)
-GONE = 499  # logged for a client that went away; never sent
-
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 OnRequest = Callable[[str, int, float], None]
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What one request may take: bytes of its body, seconds until they are here, and handlers in threads at a time."""
-
-    body_bytes: int = 64 * 2**20
-    body_s: float = 120.0
-    threads: int = 32
 
 
 class AwsApp:
@@ -91,7 +78,7 @@ class AwsApp:
         try:
             await self._answer(call)
         finally:
-            call.close()
+            call.incoming.close()
             REQUEST_ID.reset(token)
             if self._on_request is not None:
                 self._on_request(call.action, call.status, time.perf_counter() - call.begun)
@@ -104,8 +91,10 @@ class AwsApp:
             response = await self._respond(call)
             if response.stream is not None:
                 events = _frames(call, response)
-                first = await call.unless_gone(_next(events))  # what fails before anything was made has a status
-        except _GoneError:
+                first = await call.incoming.unless_gone(
+                    _next(events)
+                )  # what fails before anything was made has a status
+        except Gone:
             call.status = GONE
             return
         except AscentError as error:
@@ -124,8 +113,9 @@ class AwsApp:
         claim = self._authenticator.claim(
             call.method, call.raw_path, call.query, call.headers, service=operation.signing, bearer=operation.bearer
         )
-        body, digest = await call.read_body(self._limits)
-        caller = self._authenticator.verify(claim, digest)
+        digest = hashlib.sha256()
+        body = await call.incoming.body(self._limits, call.headers.get("content-length", ""), digest.update)
+        caller = self._authenticator.verify(claim, digest.hexdigest())
         caller = replace(caller, request_id=call.request_id)
         caller.require(operation.action)
         handler = self._handlers.get(operation.action)
@@ -168,7 +158,7 @@ class AwsApp:
         """Call a handler: on the loop if it is a coroutine, which a client that goes away cancels, else in a thread."""
         assert call.operation is not None
         if inspect.iscoroutinefunction(handler):
-            result = await call.unless_gone(handler(request, caller))
+            result = await call.incoming.unless_gone(handler(request, caller))
         else:
             result = await self._in_thread(handler, request, caller)
         return encode_response(call.operation, result)
@@ -206,9 +196,9 @@ class AwsApp:
         try:
             while data is not None:
                 await call.send({"type": "http.response.body", "body": data, "more_body": True})
-                data = await call.unless_gone(_next(events))
+                data = await call.incoming.unless_gone(_next(events))
             last = b""
-        except _GoneError:
+        except Gone:
             call.status = GONE
             return
         except AscentError as error:
@@ -223,28 +213,12 @@ class AwsApp:
         await call.send({"type": "http.response.body", "body": last, "more_body": False})
 
 
-def aws_app(
-    services: Sequence[object],
-    authenticator: Authenticator,
-    *,
-    limits: Limits | None = None,
-    on_request: OnRequest | None = None,
-) -> AwsApp:
-    """Return the ASGI application that serves `services`; see `AwsApp`."""
-    return AwsApp(services, authenticator, limits=limits, on_request=on_request)
-
-
-class _GoneError(Exception):
-    """The client went away."""
-
-
 class _Call:
     """One request and its answer."""
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, request_id: str) -> None:
         self.send, self.request_id, self.begun = send, request_id, time.perf_counter()
-        self._receive = receive
-        self._gone: asyncio.Future[None] | None = None
+        self.incoming = Incoming(receive)
         self.method: str = scope["method"]
         raw = scope.get("raw_path")
         self.raw_path = raw.decode("latin-1") if raw is not None else quote(scope["path"])
@@ -260,46 +234,6 @@ class _Call:
     def action(self) -> str:
         """`service:Operation`, or `unknown`."""
         return "unknown" if self.operation is None else self.operation.action
-
-    async def read_body(self, limits: Limits) -> tuple[bytes, str]:
-        """Return the body and its SHA-256; too large a one is refused before it is here, a slow one after a while."""
-        announced = self.headers.get("content-length", "")
-        if announced.isdecimal() and int(announced[:20]) > limits.body_bytes:
-            raise _too_large(limits)
-        digest, parts, size = hashlib.sha256(), [], 0
-        try:
-            async with asyncio.timeout(limits.body_s):
-                while True:
-                    message = await self._receive()
-                    if message["type"] == "http.disconnect":
-                        raise _GoneError
-                    part = message.get("body", b"")
-                    size += len(part)
-                    if size > limits.body_bytes:
-                        raise _too_large(limits)
-                    digest.update(part)
-                    parts.append(part)
-                    if not message.get("more_body"):
-                        return b"".join(parts), digest.hexdigest()
-        except TimeoutError as error:
-            raise ServiceError(
-                "RequestTimeoutException", f"the body was not here after {limits.body_s:g} s; send it faster"
-            ) from error
-
-    async def unless_gone(self, work: Awaitable[Any]) -> Any:
-        """Return what `work` returns; cancel it if the client goes away first, and raise _GoneError."""
-        if self._gone is None:
-            self._gone = asyncio.ensure_future(self._wait_until_gone())
-        task = asyncio.ensure_future(work)
-        try:
-            await asyncio.wait((task, self._gone), return_when=asyncio.FIRST_COMPLETED)
-            if not task.done():
-                raise _GoneError
-            return task.result()
-        finally:
-            if not task.done():
-                task.cancel()
-                await asyncio.wait((task,))
 
     async def send_whole(self, response: Response) -> None:
         """Send a response that is all here."""
@@ -330,15 +264,6 @@ class _Call:
             f"this is a defect of the server, not of your request; its log has the cause under {self.request_id}",
         )
 
-    def close(self) -> None:
-        """Stop waiting for the client to go away."""
-        if self._gone is not None:
-            self._gone.cancel()
-
-    async def _wait_until_gone(self) -> None:
-        while (await self._receive())["type"] != "http.disconnect":
-            pass
-
 
 async def _frames(call: _Call, response: Response) -> AsyncIterator[bytes]:
     """Yield what is sent for each item of a handler's stream."""
@@ -360,12 +285,3 @@ async def _close(stream: Any) -> None:
     """Close an asynchronous generator, so that what feeds it ends now and not when the garbage is collected."""
     if (close := getattr(stream, "aclose", None)) is not None:
         await close()
-
-
-def _too_large(limits: Limits) -> ServiceError:
-    return ServiceError(
-        "ValidationException",
-        f"the body is larger than {limits.body_bytes} bytes, the most that this server takes; send less, or raise "
-        "max_body_mb in its configuration",
-        status=413,
-    )
