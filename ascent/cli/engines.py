@@ -69,25 +69,4 @@ def open_engine(model: str) -> Engine:
 
     if remote_address(model) is not None:
         return open_named(model)
-    store = Store()
-    folder = model_folder(model, store)
-    if (folder / "adapter_config.json").is_file():
-        return _adapted(folder, store)
-    return open_named(str(folder))
-
-
-def _adapted(folder: Path, store: Store) -> Engine:
-    """Start the embedded engine with an adapter merged into its base."""
-    import torch
-
-    from ascent.inference.chat import Renderer
-    from ascent.inference.decoder import load_decoder
-    from ascent.inference.engines.torch import TorchEngine
-    from ascent.inference.export import adapter_base
-    from ascent.inference.lora import load_adapter, merge
-
-    base = adapter_base(folder, store)
-    decoder = load_decoder(base, torch.bfloat16)
-    load_adapter(decoder, folder)
-    merge(decoder)
-    return TorchEngine(decoder, Renderer(base), folder.name)
+    return open_named(str(model_folder(model, Store())))

@@ -11,8 +11,6 @@ from ascent.cli.console import facts, megabytes, say, table
 
 if TYPE_CHECKING:
     from ascent.customize.plan import Plan
-    from ascent.customize.recipes import Recipe
-    from ascent.customize.train import TrainingData
 
 
 @click.command("plan")
@@ -26,40 +24,20 @@ def command(recipe_file: Path, price: float | None, calibrate: bool, as_json: bo
     Nothing is trained. The machine's speed is measured for a second at the first call and kept in the model store.
     """
     from ascent.cli.engines import model_folder
+    from ascent.customize.feed import load_feed, make_training_data
     from ascent.customize.plan import machine_rates, plan
     from ascent.customize.recipes import load_recipe
     from ascent.inference.store import Store
 
     store = Store()
     recipe = load_recipe(recipe_file)
-    data = planning_data(recipe)
+    data = make_training_data(recipe, *load_feed(recipe))  # a teacher is not asked: planning needs its prompts only
     start = model_folder(recipe.model, store)
     found = plan(recipe, start, data, rates=machine_rates(store, again=calibrate), price_per_hour=price, store=store)
     if as_json:
         say(found.to_json(indent=1))
     else:
         show(found)
-
-
-def planning_data(recipe: Recipe) -> TrainingData:
-    """Load what a recipe feeds on, as `training_data` does, without asking a teacher for its answers.
-
-    Raises:
-        BadData: a row is malformed; the message has file, line and field.
-    """
-    from ascent.cli.train import training_data
-
-    if recipe.algorithm != "distill_sequence":
-        return training_data(recipe)
-    from ascent.customize.data import load_tasks
-    from ascent.customize.recipes import SupervisedRecipe
-    from ascent.customize.train import TrainingData
-    from ascent.evaluate.program import Program
-
-    assert isinstance(recipe, SupervisedRecipe)
-    program = Program.load(recipe.program) if recipe.program is not None else None
-    loaded = [load_tasks(part.path, program=program, system=recipe.system) for part in recipe.data]
-    return TrainingData(tasks=[task for part in loaded for task in part], sources=tuple(part.source for part in loaded))
 
 
 def show(found: Plan) -> None:

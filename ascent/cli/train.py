@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from ascent.cli.console import note, say
 
 if TYPE_CHECKING:
-    from ascent.customize.data import DataRow, Loaded
-    from ascent.customize.recipes import Recipe, SupervisedRecipe
+    from ascent.customize.recipes import Recipe
     from ascent.customize.train import TrainingData
-    from ascent.evaluate.program import Program
-    from ascent.records import RunCard
+    from ascent.records import Message, RunCard, Task
 
 RECIPE_COPY = "recipe.json"
 SHOWN = (
@@ -105,74 +103,27 @@ def _train(recipe: Recipe, start: Path, data: TrainingData, folder: Path, keep_e
 
 
 def training_data(recipe: Recipe) -> TrainingData:
-    """Load and mix what a recipe's row feeds on.
-
-    Several files are drawn by weight into one list as long as all of them together.
+    """Load what a recipe's row feeds on; a teacher is asked for its answers.
 
     Raises:
         BadData: a row is malformed; the message has file, line and field.
-        BadInput: the program does not load.
+        BadInput: the program does not load, a teacher is needed and not named, or none of its answers is good enough.
     """
-    from ascent.customize import data
-    from ascent.customize.objectives.rows import PreferenceRow
-    from ascent.customize.recipes import PreferenceRecipe, SupervisedRecipe
-    from ascent.customize.train import TrainingData
-    from ascent.evaluate.program import Program
+    from ascent.customize.feed import load_feed, make_training_data
 
-    program = Program.load(recipe.program) if recipe.program is not None else None
-    if isinstance(recipe, SupervisedRecipe):
-        if recipe.algorithm == "distill_sequence":
-            return _answers_of_teacher(recipe, program)
-        texts, sources = _mixed(recipe, recipe.data, data.load_texts, program)
-        return TrainingData(
-            conversations=[row.messages for row in texts if row.messages],
-            documents=[row.text for row in texts if row.text],
-            sources=sources,
-        )
-    if isinstance(recipe, PreferenceRecipe):
-        row = recipe.row
-        if isinstance(row, PreferenceRow) and row.pairing == "unpaired":
-            feedback, sources = _mixed(recipe, recipe.data, data.load_feedback, program)
-            return TrainingData(feedback=feedback, sources=sources)
-        preferences, sources = _mixed(recipe, recipe.data, data.load_preferences, program)
-        return TrainingData(preferences=preferences, sources=sources)
-    tasks, sources = _mixed(recipe, recipe.prompts, data.load_tasks, program)
-    return TrainingData(tasks=tasks, sources=sources)
+    rows, sources = load_feed(recipe)
+    return make_training_data(recipe, rows, sources, lambda tasks: _answers_of_teacher(recipe, tasks))
 
 
-def _answers_of_teacher(recipe: SupervisedRecipe, program: Program | None) -> TrainingData:
-    """Ask the teacher every prompt and keep what is to be learnt from.
-
-    Raises:
-        BadInput: the recipe names no teacher, or no answer is good enough.
-    """
+def _answers_of_teacher(recipe: Recipe, tasks: Sequence[Task]) -> list[tuple[Message, ...]]:
     from ascent.cli.engines import open_engine
-    from ascent.customize.data import load_tasks
     from ascent.customize.distill import teacher_answers
-    from ascent.customize.train import TrainingData
+    from ascent.customize.recipes import SupervisedRecipe
     from ascent.records.errors import BadInput
 
-    if recipe.teacher is None:
+    if not isinstance(recipe, SupervisedRecipe) or recipe.teacher is None:
         raise BadInput("row distill_sequence needs a teacher; give teacher: {model: …}")
-    tasks, sources = _mixed(recipe, recipe.data, load_tasks, program)
-    engine = open_engine(recipe.teacher.model)
-    conversations = teacher_answers(engine, tasks, recipe.teacher, recipe.program, recipe.seed)
-    return TrainingData(conversations=conversations, sources=sources)
-
-
-def _mixed(recipe: Recipe, parts: Any, load: Callable[..., Loaded[Any]], program: Program | None) -> Any:
-    """Return (rows, sources) of a recipe's data files."""
-    from ascent.customize.data import mix
-
-    loaded: dict[str, Loaded[DataRow]] = {}
-    for part in parts:
-        loaded[str(part.path)] = load(part.path, program=program, system=recipe.system)
-    sources = tuple(data.source for data in loaded.values())
-    if len(loaded) == 1:
-        return next(iter(loaded.values())).rows, sources
-    weights = {str(part.path): part.weight for part in parts}
-    rows = {name: data.rows for name, data in loaded.items()}
-    return mix(rows, weights, sum(map(len, rows.values())), recipe.seed), sources
+    return teacher_answers(open_engine(recipe.teacher.model), tasks, recipe.teacher, recipe.program, recipe.seed)
 
 
 def _announce(facts: dict[str, object]) -> None:

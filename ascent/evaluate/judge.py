@@ -61,6 +61,18 @@ def grade_with(graders: Sequence[BatchGrader], pairs: Sequence[tuple[Task, Episo
     return episodes
 
 
+class Judges:
+    """Judges in the place of a `GraderPool`: every answer is graded by each of them."""
+
+    def __init__(self, judges: Sequence[BatchGrader]) -> None:
+        self._judges = judges
+        self.graders = tuple(judge.name for judge in judges)
+
+    def grade(self, pairs: Sequence[tuple[Task, Episode]]) -> list[Episode]:
+        """Return the episodes with the judges' scores. Raises as they do."""
+        return grade_with(self._judges, pairs)
+
+
 class Criterion(Record):
     """One thing to judge: a short name, what it means, and its weight in the value."""
 

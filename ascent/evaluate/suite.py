@@ -7,9 +7,8 @@ import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Protocol
 
-from ascent.evaluate.pool import GraderPool
 from ascent.evaluate.statistics import (
     cluster_of,
     clustered_bootstrap,
@@ -25,6 +24,18 @@ from ascent.records.errors import BadInput
 CHUNK = 256
 """Tasks given to the engine at once: enough for it to batch well, few enough to hold with their tokens."""
 
+
+class Grading(Protocol):
+    """What grades answers, by names: a `GraderPool`, or judges."""
+
+    @property
+    def graders(self) -> tuple[str, ...]:
+        """The names of the scores that it gives."""
+
+    def grade(self, pairs: Sequence[tuple[Task, Episode]]) -> list[Episode]:
+        """Return the episodes with their scores, in the same order."""
+
+
 Attempt = Callable[[Sequence[Task], Sampling, Callable[[int], None] | None], list[list[Episode]]]
 """What attempts tasks: from tasks, how to sample and what hears of finished episodes to `sampling.n` episodes per task,
 in task order, ungraded but for scores that the attempt brings along. A lost episode has its `error` and finish `error`.
@@ -34,7 +45,7 @@ in task order, ungraded but for scores that the attempt brings along. A lost epi
 def evaluate(
     engine: Engine,
     tasks: Sequence[Task],
-    pool: GraderPool,
+    pool: Grading,
     *,
     sampling: Sampling,
     data: DataSource,

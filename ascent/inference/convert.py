@@ -17,7 +17,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict
 
 from ascent.inference.chat import separate_pad
-from ascent.inference.store import Store, require_space
+from ascent.inference.store import ADAPTER_MARK, Store, require_space
 from ascent.records import ModelCard
 from ascent.records.errors import BadInput, Corrupt, UnknownName
 from ascent.records.files import sha256_file
@@ -226,7 +226,7 @@ def inspect_folder(folder: Path) -> Facts:
         BadInput: a file or a field is missing, or the folder is none of the three.
         Corrupt: a weights file is cut off or a JSON file does not parse.
     """
-    if (folder / "adapter_config.json").is_file():
+    if (folder / ADAPTER_MARK).is_file():
         return _inspect_adapter(folder)
     if not (folder / "config.json").is_file():
         raise BadInput(
@@ -258,7 +258,7 @@ def inspect_folder(folder: Path) -> Facts:
 
 
 def _inspect_adapter(folder: Path) -> Facts:
-    path = folder / "adapter_config.json"
+    path = folder / ADAPTER_MARK
     config = _read_json(path)
     if config.get("peft_type") != "LORA":
         raise BadInput(f"{path}: field 'peft_type' is {config.get('peft_type')!r}; only LORA adapters can be used")
@@ -272,9 +272,7 @@ def _inspect_adapter(folder: Path) -> Facts:
 
 def _parent(folder: Path, base: str | None, store: Store) -> ModelCard:
     if base is None:
-        raise BadInput(
-            f"{folder / 'adapter_config.json'}: field 'base_model_name_or_path' is empty; name the base with --base"
-        )
+        raise BadInput(f"{folder / ADAPTER_MARK}: field 'base_model_name_or_path' is empty; name the base with --base")
     try:
         return store.card(base)
     except UnknownName:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from ascent.inference.store import CARD, FILES, Store, require_space
+from ascent.inference.store import ADAPTER_MARK, CARD, FILES, Store, require_space
 from ascent.records.errors import BadInput
 from ascent.records.files import folder_atomic
 
-ADAPTER_MARK = "adapter_config.json"
 ADAPTER_FILES = (ADAPTER_MARK, "adapter_model.safetensors")
 
 

@@ -14,8 +14,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ascent.inference.export import ADAPTER_MARK, export_merged
-from ascent.inference.store import Store, require_space
+from ascent.inference.export import export_merged
+from ascent.inference.store import ADAPTER_MARK, Store, require_space
 from ascent.records.errors import BadInput
 
 if TYPE_CHECKING:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ascent.inference.kernels import adapted_linear
+from ascent.inference.store import ADAPTER_MARK
 from ascent.inference.tensors import read_tensors, write_tensors
 from ascent.records.errors import BadInput, Corrupt
 from ascent.records.files import write_atomic
@@ -196,20 +197,20 @@ def save_adapter(model: Decoder, config: LoraConfig, folder: Path, base: str) ->
         "bias": "none",
         "inference_mode": True,
     }
-    write_atomic(folder / "adapter_config.json", json.dumps(card, indent=2))
+    write_atomic(folder / ADAPTER_MARK, json.dumps(card, indent=2))
 
 
 def read_adapter_config(folder: Path) -> tuple[LoraConfig, str]:
     """Return the adapter's shape and the name of its base model."""
     try:
-        card = json.loads((folder / "adapter_config.json").read_text())
+        card = json.loads((folder / ADAPTER_MARK).read_text())
         if card.get("use_rslora") or card.get("use_dora"):
             raise BadInput(f"{folder}: rsLoRA and DoRA adapters are not supported; merge it into its base with peft")
         targets = card["target_modules"]
         names = ALL_LINEAR if targets == "all-linear" else tuple(t for t in ALL_LINEAR if t in targets)
         return LoraConfig(card["r"], float(card["lora_alpha"]), names), str(card["base_model_name_or_path"])
     except (OSError, ValueError, KeyError) as error:
-        raise Corrupt(f"{folder / 'adapter_config.json'} is not a PEFT LoRA configuration: {error!r}") from error
+        raise Corrupt(f"{folder / ADAPTER_MARK} is not a PEFT LoRA configuration: {error!r}") from error
 
 
 def load_adapter(model: Decoder, folder: Path) -> LoraConfig:

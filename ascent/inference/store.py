@@ -26,7 +26,8 @@ from ascent.records.errors import BadInput, Corrupt, NoSpace, UnknownName
 from ascent.records.files import folder_atomic, recover_folder, sha256_file
 
 CARD, FILES = "card.json", "files.json"
-MODEL_MARKS = ("config.json", "adapter_config.json")
+ADAPTER_MARK = "adapter_config.json"
+MODEL_MARKS = ("config.json", ADAPTER_MARK)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 

@@ -21,7 +21,6 @@ import shutil
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +35,26 @@ from ascent.jobs.specs import (
     JobSpec,
     Lease,
     LeaseLost,
-    Limits,
     LogPart,
     Outcome,
     Quota,
     QuotaExceeded,
     Status,
 )
-from ascent.jobs.tables import ATTEMPTS, JOBS, METADATA, OWNERS, sa
+from ascent.jobs.tables import (
+    ATTEMPTS,
+    JOBS,
+    METADATA,
+    OWNERS,
+    count_jobs,
+    job_of,
+    job_row,
+    lock_owner,
+    maybe,
+    moment,
+    sa,
+    stored_bytes,
+)
 from ascent.observe.database import make_tables
 from ascent.records import digest
 from ascent.records.errors import BadInput, Busy, UnknownName
@@ -119,7 +130,7 @@ class Queue:
                         "give every job a token of its own"
                     )
                 if row is not None:
-                    return self._job(connection, row)
+                    return job_of(connection, self.folder, row)
             self._check_quota(connection, spec.owner)
             id = secrets.token_hex(6)
             values = {
@@ -137,14 +148,14 @@ class Queue:
                 "created": self._wall(),
             }
             connection.execute(sa.insert(JOBS).values(**values))
-            job = self._job(connection, _row(connection, id))
+            job = job_of(connection, self.folder, job_row(connection, id))
         job.folder.mkdir(parents=True, exist_ok=True)
         return job
 
     def get(self, id: str, owner: str | None = None) -> Job:
         """Return a job; with an `owner`, only one of theirs. Raises UnknownName."""
         with self._reading() as connection:
-            return self._job(connection, self._find(connection, id, owner))
+            return job_of(connection, self.folder, self._find(connection, id, owner))
 
     def list(
         self, owner: str | None = None, *, kind: str | None = None, status: Collection[Status] = (), limit: int = 1000
@@ -155,7 +166,7 @@ class Queue:
             query = query if value is None else query.where(column == value)
         query = query.where(JOBS.c.status.in_(status)) if status else query
         with self._reading() as connection:
-            return tuple(self._job(connection, row) for row in connection.execute(query).all())
+            return tuple(job_of(connection, self.folder, row) for row in connection.execute(query).all())
 
     def attempts(self, id: str, owner: str | None = None) -> tuple[Attempt, ...]:
         """Return every start of a job, the first one first. Raises UnknownName."""
@@ -163,7 +174,7 @@ class Queue:
             self._find(connection, id, owner)
             query = sa.select(ATTEMPTS).where(ATTEMPTS.c.job == id).order_by(ATTEMPTS.c.number)
             return tuple(
-                Attempt(row.number, row.worker, _date(row.started), _maybe(row.ended), row.outcome, row.message)
+                Attempt(row.number, row.worker, moment(row.started), maybe(row.ended), row.outcome, row.message)
                 for row in connection.execute(query)
             )
 
@@ -196,7 +207,7 @@ class Queue:
                 )
             elif row.status == "running":
                 self._set(connection, id, status="stopping")
-            return self._job(connection, _row(connection, id))
+            return job_of(connection, self.folder, job_row(connection, id))
 
     def claim(self, worker: str, *, free_mb: int | None = None, total_mb: int | None = None) -> Lease | None:
         """Take the first job in line whose owner may run another one.
@@ -212,9 +223,9 @@ class Queue:
                 row = connection.execute(self._next(full, total_mb)).one_or_none()
                 if row is None or (free_mb is not None and row.memory_mb > free_mb):
                     return None
-                _lock_owner(connection, row.owner)
+                lock_owner(connection, row.owner)
                 most = self._quota_of(row.owner).running
-                if most is not None and _count(connection, row.owner, ACTIVE) >= most:
+                if most is not None and count_jobs(connection, row.owner, ACTIVE) >= most:
                     full.add(row.owner)
                     continue
                 now, number = self._wall(), row.lease + 1
@@ -223,7 +234,7 @@ class Queue:
                 self._set(connection, row.id, **values)
                 attempt = {"job": row.id, "number": number, "worker": worker, "started": now, "outcome": "running"}
                 connection.execute(sa.insert(ATTEMPTS).values(**attempt))
-                return Lease(self._job(connection, _row(connection, row.id)), number, worker)
+                return Lease(job_of(connection, self.folder, job_row(connection, row.id)), number, worker)
 
     def heartbeat(self, lease: Lease, *, stored: int | None = None) -> Status:
         """Say that the job is alive, and how many bytes its folder holds. Returns `stopping` when it is to stop.
@@ -295,7 +306,7 @@ class Queue:
     def stored(self, owner: str) -> int:
         """Return the bytes in the folders of an owner's jobs, as last measured."""
         with self._reading() as connection:
-            return _stored(connection, owner)
+            return stored_bytes(connection, owner)
 
     def over_quota(self, owner: str) -> str | None:
         """Return what is wrong when an owner's jobs store as much as allowed."""
@@ -319,14 +330,39 @@ class Queue:
             folder = (self.folder / row.id).resolve()
             if any(path == folder or folder in path.parents for path in wanted):
                 continue
-            with contextlib.suppress(FileNotFoundError):
-                os.replace(folder, self.folder / f"{GOING}{row.id}")
+            self._put_away(row.id)
             with self.engine.begin() as connection:
                 self._set(connection, row.id, removed=True, stored=0)
             removed.append(row.id)
-        for left in self.folder.glob(f"{GOING}*"):  # what a crash left, too
-            shutil.rmtree(left, ignore_errors=True)
+        self._empty_bin()
         return tuple(removed)
+
+    def delete(self, id: str, owner: str | None = None) -> Job:
+        """Remove an ended job for good: its folder, its attempts and its row. Returns what it was.
+
+        Raises:
+            UnknownName: the owner has no such job.
+            BadInput: it has not ended.
+        """
+        job = self.get(id, owner)
+        if job.status not in ENDED:
+            raise BadInput(f"the job {job.name!r} is {job.status}; stop it first")
+        self._put_away(id)
+        with self.engine.begin() as connection:
+            connection.execute(sa.delete(ATTEMPTS).where(ATTEMPTS.c.job == id))
+            connection.execute(sa.delete(JOBS).where(JOBS.c.id == id))
+        self._empty_bin()
+        return job
+
+    def _put_away(self, id: str) -> None:
+        """Take a job's folder out of sight in one step."""
+        with contextlib.suppress(FileNotFoundError):
+            os.replace((self.folder / id).resolve(), self.folder / f"{GOING}{id}")
+
+    def _empty_bin(self) -> None:
+        """Remove what was put away, by a process that crashed too."""
+        for left in self.folder.glob(f"{GOING}*"):
+            shutil.rmtree(left, ignore_errors=True)
 
     def _next(self, full: Collection[str], total_mb: int | None) -> sa.Select[Any]:
         now = self._wall()
@@ -344,7 +380,7 @@ class Queue:
                 return None
             message = f"the worker {shown(row.worker)} was lost (killed, or silent for {self.lease_s:g} s)"
             self._break(connection, row, "lost", message, retry=True, pause=False)
-            return self._job(connection, _row(connection, row.id))
+            return job_of(connection, self.folder, job_row(connection, row.id))
 
     def _break(
         self,
@@ -411,7 +447,7 @@ class Queue:
             if connection.execute(sa.select(OWNERS).where(OWNERS.c.owner == owner)).one_or_none() is None:
                 connection.execute(sa.insert(OWNERS).values(owner=owner))
         with self.engine.begin() as connection:
-            _lock_owner(connection, owner)
+            lock_owner(connection, owner)
             yield connection
 
     @contextlib.contextmanager
@@ -421,7 +457,7 @@ class Queue:
 
     def _check_quota(self, connection: sa.Connection, owner: str) -> None:
         quota = self._quota_of(owner)
-        waiting = _count(connection, owner, ("queued",))
+        waiting = count_jobs(connection, owner, ("queued",))
         if quota.queued is not None and waiting >= quota.queued:
             raise Busy(
                 f"{owner!r} has {waiting} jobs in line and {quota.queued} are allowed; wait until one has started, or "
@@ -432,7 +468,7 @@ class Queue:
             raise QuotaExceeded(problem)
 
     def _too_much(self, connection: sa.Connection, owner: str) -> str | None:
-        most, now = self._quota_of(owner).stored_mb, _stored(connection, owner)
+        most, now = self._quota_of(owner).stored_mb, stored_bytes(connection, owner)
         if most is None or now < most << 20:
             return None
         return (
@@ -449,52 +485,3 @@ class Queue:
             return row
         mine = sa.select(JOBS.c.id).where(JOBS.c.owner == owner).order_by(JOBS.c.number.desc()).limit(NAMED)
         raise UnknownName("job", id, connection.scalars(mine), hint=" (the newest)")
-
-    def _job(self, connection: sa.Connection, row: sa.Row[Any]) -> Job:
-        position = None
-        if row.status == "queued":
-            ahead = sa.select(sa.func.count()).where(JOBS.c.status == "queued", JOBS.c.number < row.number)
-            position = connection.execute(ahead).scalar_one() + 1
-        limits = Limits(row.memory_mb, row.seconds, row.attempts)
-        return Job(
-            id=row.id,
-            spec=JobSpec(row.kind, row.owner, row.name, row.payload, limits),
-            status=row.status,
-            phase=row.phase,
-            done=row.done,
-            total=row.total,
-            attempts=row.lease,
-            created=_date(row.created),
-            started=_maybe(row.started),
-            ended=_maybe(row.ended),
-            message=row.message,
-            result=row.result,
-            folder=self.folder / row.id,
-            position=position,
-            stored=row.stored,
-        )
-
-
-def _row(connection: sa.Connection, id: str) -> sa.Row[Any]:
-    return connection.execute(sa.select(JOBS).where(JOBS.c.id == id)).one()
-
-
-def _lock_owner(connection: sa.Connection, owner: str) -> None:
-    connection.execute(sa.select(OWNERS).where(OWNERS.c.owner == owner).with_for_update())
-
-
-def _count(connection: sa.Connection, owner: str, status: Collection[str]) -> int:
-    query = sa.select(sa.func.count()).where(JOBS.c.owner == owner, JOBS.c.status.in_(status))
-    return int(connection.execute(query).scalar_one())
-
-
-def _stored(connection: sa.Connection, owner: str) -> int:
-    return int(connection.execute(sa.select(sa.func.sum(JOBS.c.stored)).where(JOBS.c.owner == owner)).scalar() or 0)
-
-
-def _date(seconds: float) -> datetime:
-    return datetime.fromtimestamp(seconds, UTC)
-
-
-def _maybe(seconds: float | None) -> datetime | None:
-    return None if seconds is None else _date(seconds)

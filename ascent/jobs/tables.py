@@ -1,7 +1,13 @@
-"""The queue's tables."""
+"""The queue's tables, and what is asked of them in more than one place."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from ascent.jobs.specs import Job, JobSpec, Limits
 from ascent.records.errors import MissingExtra
 
 try:
@@ -10,7 +16,21 @@ try:
 except ImportError as error:
     raise MissingExtra("serve", "the job queue") from error
 
-__all__ = ["ATTEMPTS", "JOBS", "METADATA", "OWNERS", "DBAPIError", "sa"]
+__all__ = [
+    "ATTEMPTS",
+    "JOBS",
+    "METADATA",
+    "OWNERS",
+    "DBAPIError",
+    "count_jobs",
+    "job_of",
+    "job_row",
+    "lock_owner",
+    "maybe",
+    "moment",
+    "sa",
+    "stored_bytes",
+]
 
 METADATA = sa.MetaData()
 
@@ -61,3 +81,60 @@ ATTEMPTS = sa.Table(
     sa.Column("outcome", sa.String(16), nullable=False),
     sa.Column("message", sa.Text),
 )
+
+
+def job_row(connection: sa.Connection, id: str) -> sa.Row[Any]:
+    """Return the row of a job that is there."""
+    return connection.execute(sa.select(JOBS).where(JOBS.c.id == id)).one()
+
+
+def job_of(connection: sa.Connection, folder: Path, row: sa.Row[Any]) -> Job:
+    """Return a row as a job; `folder` holds the folders of all jobs."""
+    position = None
+    if row.status == "queued":
+        ahead = sa.select(sa.func.count()).where(JOBS.c.status == "queued", JOBS.c.number < row.number)
+        position = connection.execute(ahead).scalar_one() + 1
+    limits = Limits(row.memory_mb, row.seconds, row.attempts)
+    return Job(
+        id=row.id,
+        spec=JobSpec(row.kind, row.owner, row.name, row.payload, limits),
+        status=row.status,
+        phase=row.phase,
+        done=row.done,
+        total=row.total,
+        attempts=row.lease,
+        created=moment(row.created),
+        started=maybe(row.started),
+        ended=maybe(row.ended),
+        message=row.message,
+        result=row.result,
+        folder=folder / row.id,
+        position=position,
+        stored=row.stored,
+    )
+
+
+def lock_owner(connection: sa.Connection, owner: str) -> None:
+    """Let no other transaction about an owner's quotas begin before this one has ended."""
+    connection.execute(sa.select(OWNERS).where(OWNERS.c.owner == owner).with_for_update())
+
+
+def count_jobs(connection: sa.Connection, owner: str, status: Collection[str]) -> int:
+    """Return how many jobs of an owner have one of these statuses."""
+    query = sa.select(sa.func.count()).where(JOBS.c.owner == owner, JOBS.c.status.in_(status))
+    return int(connection.execute(query).scalar_one())
+
+
+def stored_bytes(connection: sa.Connection, owner: str) -> int:
+    """Return the bytes in the folders of an owner's jobs."""
+    return int(connection.execute(sa.select(sa.func.sum(JOBS.c.stored)).where(JOBS.c.owner == owner)).scalar() or 0)
+
+
+def moment(seconds: float) -> datetime:
+    """Return seconds since 1970 as a date."""
+    return datetime.fromtimestamp(seconds, UTC)
+
+
+def maybe(seconds: float | None) -> datetime | None:
+    """Return a `moment`, if there is one."""
+    return None if seconds is None else moment(seconds)

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ascent.inference.engines.named import remote_address
-from ascent.inference.export import ADAPTER_MARK, adapter_base
-from ascent.inference.store import Store
+from ascent.inference.export import adapter_base
+from ascent.inference.store import ADAPTER_MARK, Store
 from ascent.records import ModelCard
 from ascent.records.errors import BadInput, UnknownName
 from ascent.serve.chat.metered import Metered, Shadowed
@@ -174,6 +174,12 @@ class Models:
         if self.route is None and self._warm(id_of(model_id), caller):
             return self.open(model_id, caller, operation)
         return await asyncio.to_thread(self.open, model_id, caller, operation)
+
+    def deployment(self, name: str, caller: Caller) -> Deployment | None:
+        """Return what is deployed under a name for this caller, if anything is."""
+        with self._lock:
+            found = self._visible(name, caller)
+        return None if found is None else found[0]
 
     def embedder(self, model_id: str, caller: Caller) -> Embedder:
         """Return an embedder of the store, or a deployed one. May load weights.

@@ -16,6 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from ascent.jobs.queue import LONGEST_PAUSE_S, Queue
 from ascent.jobs.specs import ENDED, JobSpec, LeaseLost, Limits, Quota, QuotaExceeded
+from ascent.jobs.tables import ATTEMPTS, sa
 from ascent.observe.database import open_database
 from ascent.records.errors import BadInput, Busy, UnknownName
 
@@ -254,6 +255,24 @@ def test_clean_removes_old_folders_but_no_running_or_referenced_one(clock: Clock
     left = {path.name for path in (tmp_path / "jobs").iterdir()}
     assert left == {jobs[name].id for name in ("referenced", "running", "young")}
     assert queue.get(jobs["old"].id).status == "completed" and queue.clean(50, keep=[tmp_path / "link"]) == ()
+
+
+def test_a_deleted_job_leaves_nothing(engine: Any, clock: Clock, tmp_path: Path) -> None:
+    queue = clock.queue(tmp_path, engine)
+    job, other = queue.submit(spec(name="gone")), queue.submit(spec(name="stays"))
+    with pytest.raises(BadInput, match="is queued; stop it first"):
+        queue.delete(job.id)
+    lease = queue.claim("w")
+    assert lease is not None and lease.job.id == job.id
+    queue.finish(lease, {})
+    with pytest.raises(UnknownName):
+        queue.delete(job.id, "somebody else")
+    assert queue.delete(job.id, job.owner).id == job.id
+    with pytest.raises(UnknownName):
+        queue.get(job.id)
+    assert {path.name for path in (tmp_path / "jobs").iterdir()} == {other.id}
+    with engine.connect() as connection:
+        assert connection.execute(sa.select(ATTEMPTS)).all() == []
 
 
 def test_logs_are_read_on_from_where_the_last_part_ended(clock: Clock, tmp_path: Path) -> None:

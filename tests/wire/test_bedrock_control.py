@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import csv
 import json
+import threading
 import time
 from decimal import Decimal
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
 import pytest
 from laws.helpers import PROGRAM
+from unit.inference_files import serve
 from wire.bedrock_house import QUICK, WORDS, House, caller, trees
 from wire.echo import running
 
@@ -23,6 +26,7 @@ from ascent.jobs.worker import Worker
 from ascent.records.errors import AscentError, BadInput, UnknownName
 from ascent.serve.kinds import KINDS
 from ascent.serve.kinds.customize import PHASES
+from ascent.serve.models import EVERYONE, Target
 from ascent.serve.services.bedrock import Bedrock
 from ascent.serve.wire.errors import ServiceError
 from ascent.serve.wire.services import handlers_of
@@ -200,7 +204,11 @@ def test_a_deployment_lives_updates_and_goes(house: House) -> None:
         "already",
     )
     refused(lambda: house.call("delete_custom_model", modelIdentifier=models[0]), id, error=ServiceError)
-    house.call("update_custom_model_deployment", customModelDeploymentIdentifier="live", modelArn=models[1])
+    gate, update = threading.Event(), {"customModelDeploymentIdentifier": "live", "modelArn": models[1]}
+    house.bedrock.deployer._loader.submit(gate.wait, 60)  # something else is loading
+    house.call("update_custom_model_deployment", **update)
+    refused(lambda: house.call("update_custom_model_deployment", **update | {"modelArn": models[0]}), "being updated")
+    gate.set()
     house.bedrock.deployer.settle(60)
     found = house.call("get_custom_model_deployment", customModelDeploymentIdentifier=arn)
     assert found["modelArn"] == models[1] and found["updateDetails"]["updateStatus"] == "UpdateCompleted"
@@ -426,8 +434,62 @@ def test_an_evaluation_of_two_models_gives_the_second_its_verdict(house: House) 
     out = house.folder / "out" / "measure" / job.rpartition("/")[2]
     assert json.loads((out / "verdict.json").read_text())["decision"] == verdict.decision.value
     assert len(house.call("list_evaluation_jobs")["jobSummaries"]) == 1
+    waiting = house.call("create_evaluation_job", **{**asked, "jobName": "waits"})["jobArn"]
+    folder = house.queue.get(job.rpartition("/")[2]).folder
+    gone = house.call("batch_delete_evaluation_job", jobIdentifiers=[job, waiting, job])
+    assert [each["jobIdentifier"] for each in gone["evaluationJobs"]] == [job] and not folder.exists()
+    assert [each["code"] for each in gone["errors"]] == ["ConflictException", "ResourceNotFoundException"]
+    assert [each["jobArn"] for each in house.call("list_evaluation_jobs")["jobSummaries"]] == [waiting]
+    assert (out / "verdict.json").is_file() and house.registry.evidence(version.id).verdicts == (verdict,)
     measured["metricNames"] = ["accuracy"]
     refused(lambda: house.call("create_evaluation_job", **asked), "accuracy", "exact")
+
+
+def test_an_evaluation_by_a_judge(house: House) -> None:
+    """The judge is a deployed remote model, asked over HTTP; it likes short answers, in the form that was asked for."""
+    asked: list[str] = []
+
+    def answer(request: BaseHTTPRequestHandler) -> None:
+        body = json.loads(request.rfile.read(int(request.headers["Content-Length"])))
+        text = body["messages"][-1]["content"]
+        asked.append(text)
+        name = next(name for name in ("Correctness", "Refusal") if f'"{name}"' in text)
+        said = json.dumps({name: {"reason": "as it is", "score": 5 if name == "Correctness" else 1}})
+        message = {"role": "assistant", "content": said}
+        reply = json.dumps({"model": "judge", "choices": [{"index": 0, "message": message, "finish_reason": "stop"}]})
+        request.send_response(200)
+        request.send_header("Content-Length", str(len(reply)))
+        request.end_headers()
+        request.wfile.write(reply.encode())
+
+    dataset = {"name": "trees", "datasetLocation": {"s3Uri": house.put("test.jsonl", trees(6))}}
+    metrics = {"taskType": "General", "dataset": dataset, "metricNames": ["Builtin.Correctness", "Builtin.Refusal"]}
+    request = {
+        "jobName": "judged",
+        "roleArn": "none",
+        "evaluationConfig": {
+            "automated": {
+                "datasetMetricConfigs": [metrics],
+                "evaluatorModelConfig": {"bedrockEvaluatorModels": [{"modelIdentifier": "judge"}]},
+            }
+        },
+        "inferenceConfig": {"models": [{"bedrockModel": {"modelIdentifier": "tiny"}}]},
+        "outputDataConfig": {"s3Uri": house.out},
+    }
+    with serve(answer) as address:
+        house.models.deploy("judge", Target(f"remote:{address}/v1#judge"), EVERYONE)
+        job = house.call("create_evaluation_job", **request)["jobArn"]
+        house.work()
+    found = house.call("get_evaluation_job", jobIdentifier=job)
+    assert found["status"] == "Completed", found.get("failureMessages")
+    out = house.folder / "out" / "judged" / job.rpartition("/")[2]
+    summary = json.loads((out / "model-1-1-trees.json").read_text())["summary"]
+    assert (summary["Correctness"]["value"], summary["Refusal"]["value"], summary["Refusal"]["n"]) == (1.0, 0.0, 6)
+    assert len(asked) == 12 and all("reference answer" in text for text in asked if "Correctness" in text)
+    [shown] = house.call("list_evaluation_jobs")["jobSummaries"]
+    assert shown["evaluatorModelIdentifiers"] == ["judge"] and address not in json.dumps(found, default=str)
+    metrics["metricNames"] = ["Builtin.Correctnes"]
+    refused(lambda: house.call("create_evaluation_job", **request), "did you mean 'Correctness'")
 
 
 def test_jobs_stop_and_lists_have_pages(house: House) -> None:

@@ -11,9 +11,11 @@ import torch
 from ascent.inference.chat import Renderer
 from ascent.inference.decoder import Decoder, load_decoder
 from ascent.inference.engine import Completion, Prompt, Sampling
-from ascent.inference.lora import policy_hash
+from ascent.inference.export import adapter_base
+from ascent.inference.lora import load_adapter, merge, policy_hash
 from ascent.inference.sampler import Ending, Row, sample_rows
 from ascent.inference.sampling.weights import Packed
+from ascent.inference.store import ADAPTER_MARK, Store
 from ascent.records import FinishReason
 from ascent.records.errors import BadInput
 
@@ -34,8 +36,18 @@ class TorchEngine:
 
     @classmethod
     def load(cls, folder: Path, model: str, dtype: torch.dtype = torch.bfloat16) -> TorchEngine:
-        """Load a Hugging Face folder of the store."""
-        return cls(load_decoder(folder, dtype), Renderer(folder), model)
+        """Load a Hugging Face folder, or an adapter's, merged into its base.
+
+        Raises:
+            BadInput: the decoder cannot run the architecture, or the adapter's base is not known.
+        """
+        if not (folder / ADAPTER_MARK).is_file():
+            return cls(load_decoder(folder, dtype), Renderer(folder), model)
+        base = adapter_base(folder, Store())
+        decoder = load_decoder(base, dtype)
+        load_adapter(decoder, folder)
+        merge(decoder)
+        return cls(decoder, Renderer(base), model)
 
     def generate(
         self,

@@ -17,7 +17,7 @@ from ascent.inference.store import Store
 from ascent.records import FinishReason, Message
 from ascent.records.errors import BadInput, Interrupted
 from ascent.records.files import append_jsonl, read_jsonl, write_atomic
-from ascent.serve.kinds.home import begin, open_engine, stored_model
+from ascent.serve.kinds.home import begin, stored_model
 from ascent.serve.kinds.places import Rules, fetch_all, put
 
 if TYPE_CHECKING:
@@ -54,7 +54,9 @@ def run(job: JobContext) -> dict[str, Any]:
         BadInput: there is no input, or the model cannot be run.
         Interrupted: the job is to stop; it goes on behind the last record that was written.
     """
-    payload, store, rules = job.payload, Store(), Rules(**job.payload["rules"])
+    from ascent.inference.engines.torch import TorchEngine
+
+    payload, rules = job.payload, Rules(**job.payload["rules"])
     begin(job, "validating")
     files = fetch_all(payload["input"], job.folder / "input", rules, suffixes=SUFFIXES)
     totals = {file.path: sum(1 for _ in _lines(file.path)) for file in files}
@@ -62,8 +64,7 @@ def run(job: JobContext) -> dict[str, Any]:
     if total == 0:
         raise BadInput(f"{payload['input']} holds no record; write one JSON object per line")
     begin(job, "answering")
-    place = stored_model(payload["model"], store)
-    engine = open_engine(place, job.folder / "whole", store, payload["shown_as"])
+    engine = TorchEngine.load(stored_model(payload["model"], Store()), payload["shown_as"])
     done = 0
     outputs: dict[str, Path] = {}
     for file in files:

@@ -10,7 +10,7 @@ import csv
 import io
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,14 +18,14 @@ from typing import TYPE_CHECKING, Any
 from ascent import __version__
 from ascent.inference.store import Store
 from ascent.inference.versions import Lineage
-from ascent.records import DataSource, ModelCard, Report, RunCard, Verdict
+from ascent.records import DataSource, Message, ModelCard, Report, RunCard, Task, Verdict
 from ascent.records.errors import Interrupted
 from ascent.records.files import write_atomic
 from ascent.serve.kinds import measure
-from ascent.serve.kinds.home import begin, open_engine, open_registry, read_state, stored_model, whole_model
+from ascent.serve.kinds.home import begin, open_registry, read_state, stored_model, whole_model
 from ascent.serve.kinds.hyperparameters import Settings, recipe_of, settled
 from ascent.serve.kinds.places import Rules, put
-from ascent.serve.kinds.rows import Rows, check_rows, feed_of, load_rows, training_data
+from ascent.serve.kinds.rows import Rows, answers_of, check_rows, load_rows
 
 if TYPE_CHECKING:
     from ascent.customize.recipes import Recipe
@@ -94,10 +94,13 @@ def run(job: JobContext) -> dict[str, Any]:
 
 
 def _prepare(job: JobContext, store: Store) -> Prepared:
+    from ascent.customize.feed import feed_of, make_training_data
     from ascent.customize.plan import plan
+    from ascent.customize.recipes import SupervisedRecipe
     from ascent.evaluate.program import Program
     from ascent.inference.chat import Renderer
     from ascent.inference.decoder import DecoderConfig
+    from ascent.inference.engines.torch import TorchEngine
 
     payload, folder = job.payload, job.folder / "data"
     rules = Rules(**payload["rules"])
@@ -121,9 +124,14 @@ def _prepare(job: JobContext, store: Store) -> Prepared:
 
     def teacher() -> Engine:
         place = stored_model(payload["teacher"], store)
-        return open_engine(place, job.folder / "teacher", store, place.name)
+        return TorchEngine.load(place, place.name)
 
-    data = training_data(recipe, train, folder, teacher if payload.get("teacher") else None)
+    def answers(tasks: Sequence[Task]) -> list[tuple[Message, ...]]:
+        assert isinstance(recipe, SupervisedRecipe)
+        return answers_of(teacher, recipe, tasks, folder)
+
+    loaded = train.loaded
+    data = make_training_data(recipe, loaded.rows, (loaded.source,), answers if payload.get("teacher") else None)
     if not (job.folder / PLANNED).is_file():
         planned = plan(recipe, start, data, store=store)
         write_atomic(job.folder / PLANNED, planned.to_json())
@@ -256,6 +264,8 @@ def _measure(job: JobContext, prepared: Prepared, model: str) -> dict[str, Any]:
 
 def _report(job: JobContext, prepared: Prepared, rows: Rows, model: str, *, tuned: bool) -> tuple[Report, float | None]:
     """Measure the start model or the tuned one on held-out rows; the loss is None where answers are graded."""
+    from ascent.customize.feed import feed_of
+
     payload, recipe = job.payload, prepared.recipe
     folder, name = (job.folder / "run" / "model", model) if tuned else (prepared.start, payload["base"])
     if payload.get("use_case") and _labelled(rows):

@@ -1,4 +1,4 @@
-"""The evaluation job: one or two models on data files, with built-in graders or a use case's own.
+"""The evaluation job: one or two models on data files, by built-in graders, a use case's own, or a model as judge.
 
 With two models the second is compared with the first on the same rows, and the verdict goes to its version in the
 registry; so a model that was trained elsewhere can earn its deployment.
@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ascent.inference.engines.named import remote_address
 from ascent.inference.store import Store
 from ascent.records import Report, Verdict
 from ascent.records.files import write_atomic
@@ -79,7 +80,11 @@ def _measured(job: JobContext, model: Mapping[str, Any], number: int, part: Mapp
         return Report.model_validate(known)
     store = Store()
     folder = whole_model(stored_model(model["model"], store), job.folder / f"whole-{number}", store)
-    if part["use_case"] and not part["metrics"]:
+    if judge := job.payload.get("judge"):
+        judge = judge if remote_address(judge) else str(stored_model(judge, store))
+        criteria, limit = part["metrics"], model["max_tokens"]
+        report = measure.judged_report(folder, model["name"], model["name"], rows, criteria, judge, limit)
+    elif part["use_case"] and not part["metrics"]:
         use_case = Path(part["use_case"])
         report = measure.usecase_report(
             folder, model["name"], model["name"], rows.file, use_case, tuned=model["version"] is not None
@@ -101,7 +106,9 @@ def _measured(job: JobContext, model: Mapping[str, Any], number: int, part: Mapp
 
 
 def _compared(payload: Mapping[str, Any], reports: list[list[Report]]) -> Verdict | None:
-    """Compare the second model with the first on the first data set."""
+    """Compare the second model with the first on the first data set, by its first metric of which more is better."""
+    from ascent.evaluate.criteria import LOWER_IS_BETTER
+
     if len(reports) < 2:
         return None
     part, before, after = payload["datasets"][0], reports[0][0], reports[1][0]
@@ -110,7 +117,8 @@ def _compared(payload: Mapping[str, Any], reports: list[list[Report]]) -> Verdic
         from ascent.ladder.usecase import load_usecase
 
         return after_stage(before, after, load_usecase(Path(part["use_case"])))
-    return measure.judge(before, after, part["metrics"][0])
+    rising = [name for name in part["metrics"] if name not in LOWER_IS_BETTER]
+    return measure.judge(before, after, rising[0]) if rising else None
 
 
 def _plain(report: Report) -> dict[str, Any]:

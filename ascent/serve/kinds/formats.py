@@ -15,15 +15,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from ascent.records.errors import BadData
 from ascent.records.files import write_atomic
 
 if TYPE_CHECKING:
     from ascent.customize.data.problems import Problems
+    from ascent.customize.feed import Feed
 
-Feed = Literal["texts", "demonstrations", "preferences", "feedback", "tasks"]
 SCHEMA = "bedrock-conversation-2024"
 
 

@@ -9,12 +9,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ascent.inference.store import Store
+from ascent.inference.store import ADAPTER_MARK, Store
 from ascent.records.errors import BadInput, UnknownName
 from ascent.records.files import append_jsonl, read_jsonl
 
 if TYPE_CHECKING:
-    from ascent.inference.engines.torch import TorchEngine
     from ascent.inference.registry import Registry
     from ascent.jobs.context import JobContext
 
@@ -74,20 +73,13 @@ def stored_model(name: str, store: Store) -> Path:
 
 def whole_model(folder: Path, scratch: Path, store: Store) -> Path:
     """Return a folder with whole weights: the model's own, or `scratch`, with an adapter merged into its base."""
-    if not (folder / "adapter_config.json").is_file():
+    if not (folder / ADAPTER_MARK).is_file():
         return folder
     if not (scratch / "config.json").is_file():
         from ascent.inference.export import export_merged
 
         export_merged(str(folder), scratch, store)
     return scratch
-
-
-def open_engine(folder: Path, scratch: Path, store: Store, name: str) -> TorchEngine:
-    """Start the embedded engine on a stored model or adapter. Raises BadInput for an architecture it cannot run."""
-    from ascent.inference.engines.torch import TorchEngine
-
-    return TorchEngine.load(whole_model(folder, scratch, store), name)
 
 
 def own_model(registry: Registry, model: str, owner: str) -> None:

@@ -7,7 +7,7 @@ import shutil
 from typing import TYPE_CHECKING, Any
 
 from ascent import __version__
-from ascent.inference.store import Store
+from ascent.inference.store import ADAPTER_MARK, Store
 from ascent.inference.versions import Lineage
 from ascent.records import DataSource, digest
 from ascent.records.errors import BadInput
@@ -47,7 +47,7 @@ def run(job: JobContext) -> dict[str, Any]:
         if len(ggufs) > 1:
             raise BadInput(f"{payload['uri']} holds {len(ggufs)} GGUF files; give the address of one of them")
         begin(job, "importing")
-        config = arrived / "adapter_config.json"
+        config = arrived / ADAPTER_MARK
         if config.is_file():
             base = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
             own_model(registry, store.card(base).id, job.owner) if base else None

@@ -17,7 +17,7 @@ from statistics import NormalDist, fmean
 from typing import TYPE_CHECKING, Any
 
 from ascent.records import Decision, Episode, Report, Score, Verdict, digest
-from ascent.serve.kinds.rows import Rows, feed_of
+from ascent.serve.kinds.rows import Rows
 
 if TYPE_CHECKING:
     from ascent.customize.batch import TrainSequence
@@ -44,6 +44,7 @@ def likelihood_report(folder: Path, model: str, stage: str, rows: Rows, recipe: 
     Returns:
         The report, and the loss in nats per target token: of pairs and judged answers, of the good side.
     """
+    from ascent.customize.feed import feed_of
     from ascent.customize.policy import DTYPES, Teacher, teacher_logps
     from ascent.evaluate.suite import estimate
     from ascent.inference.chat import Renderer
@@ -55,8 +56,9 @@ def likelihood_report(folder: Path, model: str, stage: str, rows: Rows, recipe: 
     values: dict[str, list[float]] = {}
     for id, sign, logps in zip(ids, signs, scored, strict=True):
         values.setdefault(id, []).append(sign * fmean(logps))
-    paired = feed_of(recipe) == "preferences"
-    metric = {"preferences": MARGIN, "feedback": JUDGED}.get(feed_of(recipe), LIKELIHOOD)
+    feed = feed_of(recipe)
+    paired = feed == "preferences"
+    metric = {"preferences": MARGIN, "feedback": JUDGED}.get(feed, LIKELIHOOD)
     items = tuple(
         Episode(
             task_id=id,
@@ -99,6 +101,42 @@ def answer_report(
     sampling = Sampling(max_tokens=max_tokens, temperature=0)
     with GraderPool(program, graders) as pool:
         return evaluate(engine, rows.loaded.rows, pool, sampling=sampling, data=rows.loaded.source, stage=stage)
+
+
+def judged_report(
+    folder: Path, model: str, stage: str, rows: Rows, criteria: Sequence[str], judge: str, max_tokens: int
+) -> Report:
+    """Let a model answer held-out prompts greedily and a model judge the answers.
+
+    Args:
+        folder: the model's.
+        model: its name.
+        stage: the measurement's name.
+        rows: tasks.
+        criteria: names of `ascent.evaluate.criteria`.
+        judge: a model of the store, or `remote:URL#MODEL`.
+        max_tokens: of an answer.
+
+    Raises:
+        BadInput: too much of what the judge says cannot be used.
+    """
+    from ascent.evaluate.criteria import judges_of
+    from ascent.evaluate.judge import Judges
+    from ascent.evaluate.suite import evaluate
+    from ascent.inference.engine import Sampling
+    from ascent.inference.engines.named import open_named
+    from ascent.inference.engines.torch import TorchEngine
+
+    judges = judges_of(open_named(judge), criteria)
+    return evaluate(
+        TorchEngine.load(folder, model),
+        rows.loaded.rows,
+        Judges(judges),
+        sampling=Sampling(max_tokens=max_tokens, temperature=0),
+        data=rows.loaded.source,
+        stage=stage,
+        details={"judges": {each.name: each.digest for each in judges}},
+    )
 
 
 def usecase_report(folder: Path, model: str, stage: str, file: Path, use_case: Path, *, tuned: bool) -> Report:
@@ -171,6 +209,7 @@ def _units(
     rows: Rows, recipe: Recipe, renderer: Renderer, window: int
 ) -> tuple[list[TrainSequence], list[float], list[str]]:
     """Return sequences with, for each, whether more of its likelihood is better (±1), and the id of its row."""
+    from ascent.customize.feed import feed_of
     from ascent.customize.sequences import (
         answer_sequences,
         conversation_sequences,

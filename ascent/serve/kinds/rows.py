@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ascent.records import DataSource, Message
+from ascent.records import DataSource, Message, Task
 from ascent.records.errors import BadData, BadInput
 from ascent.records.files import write_atomic
-from ascent.serve.kinds.formats import Feed, as_callers, convert
+from ascent.serve.kinds.formats import as_callers, convert
 from ascent.serve.kinds.places import Rules, fetch
 
 if TYPE_CHECKING:
     from ascent.customize.data import Loaded
+    from ascent.customize.feed import Feed
     from ascent.customize.recipes import Recipe, SupervisedRecipe
-    from ascent.customize.train import TrainingData
     from ascent.evaluate.program import Program
     from ascent.inference.chat import Renderer
     from ascent.inference.engine import Engine
@@ -31,19 +31,6 @@ class Rows:
 
     file: Path
     loaded: Loaded[Any]
-
-
-def feed_of(recipe: Recipe) -> Feed:
-    """Return what kind of rows a recipe learns from."""
-    from ascent.customize.objectives.rows import PreferenceRow
-    from ascent.customize.recipes import OnlineRecipe, PreferenceRecipe
-
-    if isinstance(recipe, OnlineRecipe) or recipe.algorithm == "distill_sequence":
-        return "tasks"
-    if isinstance(recipe, PreferenceRecipe):
-        row = recipe.row
-        return "feedback" if isinstance(row, PreferenceRow) and row.pairing == "unpaired" else "preferences"
-    return "texts"
 
 
 def load_rows(
@@ -64,19 +51,12 @@ def load_rows(
         BadData: a row is malformed; the message has the caller's address, line and field.
         BadInput, Unavailable: the file cannot be had.
     """
-    from ascent.customize import data
+    from ascent.customize.feed import LOADERS
 
-    loaders: dict[Feed, Callable[..., Loaded[Any]]] = {
-        "texts": data.load_texts,
-        "demonstrations": data.load_demonstrations,
-        "preferences": data.load_preferences,
-        "feedback": data.load_feedback,
-        "tasks": data.load_tasks,
-    }
     fetched = fetch(uri, folder / "original", rules, name=name)
     file = folder / f"{name}.jsonl"
     convert(fetched.path, file, uri, feed)
-    loaded = as_callers(lambda: loaders[feed](file, program=program, system=system), file, uri)
+    loaded = as_callers(lambda: LOADERS[feed](file, program=program, system=system), file, uri)
     source = DataSource(name=name, path=uri, rows=len(loaded), sha256=fetched.sha256)
     return Rows(file, replace(loaded, source=source))
 
@@ -113,41 +93,20 @@ def _rendered(row: Any, renderer: Renderer) -> list[tuple[int, ...]]:
     return [tuple(renderer.prompt_ids(row.messages))]
 
 
-def training_data(recipe: Recipe, rows: Rows, folder: Path, teacher: Callable[[], Engine] | None) -> TrainingData:
-    """Return what the recipe's row feeds on; a teacher is asked once, and its answers are kept in `folder`.
+def answers_of(
+    teacher: Callable[[], Engine], recipe: SupervisedRecipe, tasks: Sequence[Task], folder: Path
+) -> list[tuple[Message, ...]]:
+    """Return what a teacher answers and is to be learnt from; it is asked once, and its answers are kept in `folder`.
 
     Raises:
-        BadInput: the teacher gives no answer to learn from.
+        BadInput: no answer is good enough.
     """
-    from ascent.customize.train import TrainingData
-
-    loaded, sources = rows.loaded, (rows.loaded.source,)
-    feed = feed_of(recipe)
-    if feed == "texts":
-        return TrainingData(
-            conversations=[row.messages for row in loaded if row.messages],
-            documents=[row.text for row in loaded if row.text],
-            sources=sources,
-        )
-    if feed == "preferences":
-        return TrainingData(preferences=loaded.rows, sources=sources)
-    if feed == "feedback":
-        return TrainingData(feedback=loaded.rows, sources=sources)
-    if recipe.algorithm == "distill_sequence":
-        return TrainingData(conversations=_taught(recipe, loaded, folder, teacher), sources=sources)
-    return TrainingData(tasks=loaded.rows, sources=sources)
-
-
-def _taught(
-    recipe: Any, loaded: Loaded[Any], folder: Path, teacher: Callable[[], Engine] | None
-) -> list[tuple[Message, ...]]:
     from ascent.customize.distill import teacher_answers
 
     kept = folder / ANSWERS
     if not kept.is_file():
-        supervised: SupervisedRecipe = recipe
-        assert supervised.teacher is not None and teacher is not None
-        answers = teacher_answers(teacher(), loaded.rows, supervised.teacher, recipe.program, recipe.seed)
+        assert recipe.teacher is not None
+        answers = teacher_answers(teacher(), tasks, recipe.teacher, recipe.program, recipe.seed)
         turns = [[message.model_dump(mode="json") for message in talk] for talk in answers]
         write_atomic(kept, json.dumps(turns, ensure_ascii=False))
     found: list[list[Mapping[str, Any]]] = json.loads(kept.read_text(encoding="utf-8"))

@@ -97,9 +97,15 @@ class Deployer:
         """Begin to let a deployment answer with another version; until that is up, the old one does.
 
         Raises:
+            BadInput: another update is under way.
             UnknownName: the version was deleted in this moment.
         """
-        self._set(id, next=version.id, update="Updating")
+        state = DEPLOYMENTS.c["update"]
+        begin = sa.update(DEPLOYMENTS).where(DEPLOYMENTS.c.id == id, sa.or_(state.is_(None), state != "Updating"))
+        with self._engine.begin() as connection:
+            values = {"next": version.id, "update": "Updating", "updated": self._wall()}
+            if connection.execute(begin.values(**values)).rowcount == 0:
+                raise BadInput(f"the deployment {self._row(id).name!r} is being updated; wait until that has ended")
         try:
             self._registry.hold(version.id, holder(id))
         except UnknownName as error:

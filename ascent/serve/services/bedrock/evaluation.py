@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
+from ascent.jobs.specs import ENDED, Job
 from ascent.records.errors import BadInput, UnknownName
 from ascent.serve.services.bedrock.limits import answering_limits
 from ascent.serve.services.bedrock.resources import (
@@ -12,6 +13,7 @@ from ascent.serve.services.bedrock.resources import (
     Resources,
     failure,
     job_arn,
+    last_part,
     modified,
     present,
     refuse,
@@ -41,25 +43,31 @@ class Evaluation(Resources):
         """Put a measurement in line.
 
         `metricNames` are built-in graders (`exact`, or `Builtin.exact`), graders of one use case (`USECASE.GRADER`), or
-        a use case as a whole (`USECASE.usecase`), with its own metrics and gate.
+        a use case as a whole (`USECASE.usecase`), with its own metrics and gate; with an evaluator model, what it is to
+        judge by (`Builtin.Correctness`).
         """
         refuse(request, "customerEncryptionKeyId")
         automated = request["evaluationConfig"].get("automated")
-        if not automated or automated.get("evaluatorModelConfig") or automated.get("customMetricConfig"):
+        if not automated or automated.get("customMetricConfig"):
             raise ServiceError(
                 "ValidationException",
-                "evaluationConfig.automated with datasetMetricConfigs is what is measured here; people's ratings and "
-                "model judges are not asked through this API",
+                "evaluationConfig.automated with datasetMetricConfigs is what is measured here; people's ratings are "
+                "not asked for through this API, nor metrics of a request's own",
             )
+        judge = self._judge(automated.get("evaluatorModelConfig"), caller)
         models = [self._candidate(part, caller) for part in request["inferenceConfig"].get("models", ())]
         if not models:
             raise ServiceError("ValidationException", "inferenceConfig.models is missing; name one or two models")
         payload = {
-            "datasets": [self._dataset(*part) for part in enumerate(automated["datasetMetricConfigs"], 1)],
+            "datasets": [
+                self._dataset(number, part, judged=judge is not None)
+                for number, part in enumerate(automated["datasetMetricConfigs"], 1)
+            ],
             "models": models,
+            "judge": judge,
             "output": self._checked(request["outputDataConfig"]["s3Uri"]),
         }
-        limits = answering_limits([model["model"] for model in models], self._store)
+        limits = answering_limits([model["model"] for model in models], self._store, beside=judge)
         job = self._submit(KIND, request, caller, payload, limits)
         self._tag(f"{KIND}/{job.id}", request.get("jobTags", ()))
         return {"jobArn": job_arn(job)}
@@ -88,27 +96,28 @@ class Evaluation(Resources):
     def list_evaluation_jobs(self, request: Request, caller: Caller) -> Request:
         """List measurements, the newest first."""
         jobs, token = self._jobs(KIND, request, caller, lambda job: STATES[job.status])
-        summaries = [
-            {
-                "jobArn": job_arn(job),
-                "jobName": job.name,
-                "status": STATES[job.status],
-                "creationTime": job.created,
-                "jobType": "Automated",
-                "evaluationTaskTypes": [
-                    part["taskType"]
-                    for part in job.payload["request"]["evaluationConfig"]["automated"]["datasetMetricConfigs"]
-                ],
-                "modelIdentifiers": [model["name"] for model in job.payload["models"]],
-            }
-            for job in jobs
-        ]
-        return present(jobSummaries=summaries, nextToken=token)
+        return present(jobSummaries=[_summary(job) for job in jobs], nextToken=token)
 
     def stop_evaluation_job(self, request: Request, caller: Caller) -> Request:
         """Stop a measurement."""
         self._stop(KIND, request["jobIdentifier"], caller)
         return {}
+
+    def batch_delete_evaluation_job(self, request: Request, caller: Caller) -> Request:
+        """Remove measurements that have ended, with their data; reports in the registry and in the store stay."""
+        gone, errors = [], []
+        for identifier in request["jobIdentifiers"]:
+            try:
+                job = self._job(KIND, identifier, caller)
+                if job.status not in ENDED:
+                    raise ServiceError("ConflictException", f"the job {job.name!r} is {job.status}; stop it first")
+                self._queue.delete(job.id, job.owner)
+            except ServiceError as error:
+                errors.append({"jobIdentifier": identifier, "code": error.code, "message": error.message})
+                continue
+            self._untag_all(f"{KIND}/{job.id}")
+            gone.append({"jobIdentifier": job_arn(job), "jobStatus": "Deleting"})
+        return {"errors": errors, "evaluationJobs": gone}
 
     def _candidate(self, config: Request, caller: Caller) -> dict[str, Any]:
         asked = config.get("bedrockModel")
@@ -124,12 +133,23 @@ class Evaluation(Resources):
         name = asked["modelIdentifier"]
         return {"model": start.model, "version": start.parent, "name": name, "max_tokens": limit}
 
-    def _dataset(self, number: int, config: Request) -> dict[str, Any]:
+    def _judge(self, config: Request | None, caller: Caller) -> str | None:
+        """Return the model that judges: one of the store, or `remote:URL#MODEL` of a deployment."""
+        if not config:
+            return None
+        asked = config["bedrockEvaluatorModels"][0]["modelIdentifier"]
+        deployed = self._models.deployment(last_part(asked), caller)
+        if deployed is not None and deployed.kind == "remote":
+            return deployed.target.model
+        return self._start(self._answering(asked, caller), caller).model
+
+    def _dataset(self, number: int, config: Request, *, judged: bool) -> dict[str, Any]:
         dataset = config["dataset"]
         uri = dataset.get("datasetLocation", {}).get("s3Uri")
         if not uri:
             raise ServiceError("ValidationException", "datasetLocation.s3Uri, the address of the rows, is missing")
-        metrics, use_case = self._metrics(config["metricNames"])
+        names = config["metricNames"]
+        metrics, use_case = (_criteria(names), None) if judged else self._metrics(names)
         name = f"{number}-{dataset['name']}"  # unique, and no name of a folder above
         return {"name": name, "uri": self._checked(uri), "metrics": metrics, "use_case": use_case}
 
@@ -149,3 +169,29 @@ class Evaluation(Resources):
             if name not in BUILTIN:
                 raise UnknownName("metric", name, BUILTIN, hint="; or name one of a use case as USECASE.GRADER")
         return plain, None
+
+
+def _criteria(names: list[str]) -> list[str]:
+    """Return what a judge is asked. Raises UnknownName."""
+    from ascent.evaluate.criteria import CRITERIA
+
+    plain = [name.removeprefix(BUILTIN_MARK) for name in names]
+    for name in plain:
+        if name not in CRITERIA:
+            raise UnknownName("metric of a judge", name, CRITERIA)
+    return plain
+
+
+def _summary(job: Job) -> Request:
+    automated = job.payload["request"]["evaluationConfig"]["automated"]
+    judges = automated.get("evaluatorModelConfig", {}).get("bedrockEvaluatorModels", ())
+    return present(
+        jobArn=job_arn(job),
+        jobName=job.name,
+        status=STATES[job.status],
+        creationTime=job.created,
+        jobType="Automated",
+        evaluationTaskTypes=[part["taskType"] for part in automated["datasetMetricConfigs"]],
+        modelIdentifiers=[model["name"] for model in job.payload["models"]],
+        evaluatorModelIdentifiers=[judge["modelIdentifier"] for judge in judges] or None,
+    )

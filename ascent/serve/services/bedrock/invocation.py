@@ -60,13 +60,6 @@ class Invocation(Resources):
         self._stop(KIND, request["jobIdentifier"], caller)
         return {}
 
-    def _answering(self, identifier: str, caller: Caller) -> str:
-        """Return the version behind a deployment; any other identifier as it is."""
-        if ":custom-model-deployment/" not in identifier:
-            return identifier
-        row = self.deployer.get(identifier.rsplit("/", 1)[-1], caller.owner)
-        return str(row.version)
-
 
 def _state(job: Job) -> str:
     if job.status == "running":

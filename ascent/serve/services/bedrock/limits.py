@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from ascent.inference.engines.named import REMOTE
 from ascent.inference.store import Store
 from ascent.jobs.specs import Limits
 from ascent.records import Message, Preference, Task
@@ -42,20 +43,25 @@ def training_limits(recipe: Recipe, start: Start, store: Store) -> Limits:
     return Limits(PROCESS_MB + int(MARGIN * peak / 2**20))
 
 
-def answering_limits(models: list[str], store: Store) -> Limits:
-    """Return the limits of a job that lets models answer, one after the other."""
-    sizes = []
-    for model in models:
-        try:
-            sizes.append(store.card(_whole(store, model).name).parameters * BYTES)
-        except (UnknownName, BadInput):
-            return Limits(UNKNOWN_MB)
-    return Limits(PROCESS_MB + 512 + int(max(sizes) / 2**20))
+def answering_limits(models: list[str], store: Store, *, beside: str | None = None) -> Limits:
+    """Return the limits of a job that lets models answer, one after the other, with another one loaded beside them."""
+    try:
+        sizes = [_weights(store, model) for model in models]
+        more = 0 if beside is None or beside.startswith(REMOTE) else _weights(store, beside)
+    except (UnknownName, BadInput):
+        return Limits(UNKNOWN_MB)
+    return Limits(PROCESS_MB + 512 + int((max(sizes) + more) / 2**20))
+
+
+def _weights(store: Store, model: str) -> int:
+    """Return the bytes that a model takes while it is loaded."""
+    return store.card(_whole(store, model).name).parameters * BYTES
 
 
 def _whole(store: Store, model: str) -> Path:
     """Return the folder of a stored model's whole weights: of an adapter, its base's."""
-    from ascent.inference.export import ADAPTER_MARK, adapter_base
+    from ascent.inference.export import adapter_base
+    from ascent.inference.store import ADAPTER_MARK
 
     folder = store.resolve(model)
     return adapter_base(folder, store) if (folder / ADAPTER_MARK).is_file() else folder
@@ -63,11 +69,11 @@ def _whole(store: Store, model: str) -> Path:
 
 def _worst_rows(recipe: Recipe, renderer: Renderer, context: int) -> TrainingData:
     """Return rows of the recipe's kind that fill a micro-batch, as long as the model can read."""
+    from ascent.customize.feed import feed_of
     from ascent.customize.recipes import OnlineRecipe
     from ascent.customize.train import TrainingData
-    from ascent.serve.kinds.rows import feed_of
 
-    feed: Any = feed_of(recipe)
+    feed = feed_of(recipe)
     room = min(context, recipe.token_budget) - int(getattr(recipe, "max_tokens", 0))
     per_word = len(renderer.tokenizer.encode(" a" * 32, add_special_tokens=False)) / 32
     asked = (Message(role="user", content="a"),)

@@ -188,6 +188,13 @@ class Resources:
         mine = {version.name for version in self._registry.versions(owner=caller.owner)}
         raise UnknownName("model", name, {*bases, *self._store.catalogue(), *mine})
 
+    def _answering(self, identifier: str, caller: Caller) -> str:
+        """Return the version behind a deployment; any other identifier as it is."""
+        if ":custom-model-deployment/" not in identifier:
+            return identifier
+        row = self.deployer.get(identifier.rsplit("/", 1)[-1], caller.owner)
+        return str(row.version)
+
     def _bases(self) -> dict[str, ModelCard]:
         """Return the stored models that belong to nobody, by name and by id; of a name, the latest."""
         private = self._registry.models()
@@ -223,6 +230,11 @@ class Resources:
             rows = [{"resource": resource, "key": key, "value": value} for key, value in given.items()]
             if rows:
                 connection.execute(sa.insert(TAGS), rows)
+
+    def _untag_all(self, resource: str) -> None:
+        """Forget the tags of what is gone."""
+        with self._registry.engine.begin() as connection:
+            connection.execute(sa.delete(TAGS).where(TAGS.c.resource == resource))
 
     def _untag(self, connection: sa.Connection, resource: str, keys: Collection[str]) -> None:
         connection.execute(sa.delete(TAGS).where(TAGS.c.resource == resource, TAGS.c.key.in_(list(keys))))
