@@ -332,6 +332,18 @@ def test_a_shared_prompt_is_stored_once_and_turns_continue(engine: ServingEngine
     assert follow.ended.cached_tokens == (len(stem) + 2 + len(answer) - 1) // PAGE * PAGE
 
 
+def test_tenants_find_nothing_of_each_other(engine: ServingEngine) -> None:
+    prompt = tuple(range(250, 250 + 4 * PAGE))
+
+    def ask(tenant: str) -> tuple[list[int], int]:
+        run = engine.submit(Generation(prompt, 5, temperature=0, tenant=tenant))
+        return [token.id for token in run.collect(60)], run.ended.cached_tokens
+
+    answers = [ask(tenant) for tenant in ("ann", "bob", "ann", "bob", "")]
+    assert [cached for _, cached in answers] == [0, 0, 3 * PAGE, 3 * PAGE, 0]
+    assert len({tuple(tokens) for tokens, _ in answers}) == 1
+
+
 def test_a_prompt_that_is_cached_whole_still_answers(engine: ServingEngine) -> None:
     prompt = tuple(range(200, 200 + 4 * PAGE))
     first, second = (engine.submit(Generation(prompt, 9, temperature=0)).collect(60) for _ in range(2))

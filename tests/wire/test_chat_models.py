@@ -106,6 +106,14 @@ def test_a_deployment_is_its_owners_or_everyones(models):
     assert names == [{"mine", "shared"}, {"shared"}]
 
 
+def test_owners_share_a_model_and_nothing_that_was_computed_for_the_other(models):
+    turns = (Turn("user", "a question that fills some pages of the cache, asked by more than one owner"),)
+    request = ChatRequest(turns, max_tokens=2, temperature=0)
+    texts = [answer(models, "tiny", caller, request) for caller in (ANN, BEN, ANN)]
+    assert len(set(texts)) == 1
+    assert [call.cached_tokens > 0 for call in models.calls] == [False, False, True]
+
+
 def test_adapters_share_the_engine_of_their_base(models, store):
     models.deploy("a", Target("tiny-adapter-0"), "ann")
     models.deploy("b", Target("tiny-adapter-1"), "ann")

@@ -81,6 +81,7 @@ class ServingEngine:
         self._cache = PagedCache(config, self._pages.count, like)
         self._rows, self._limit = Rows(self._pages, rows), waiting
         self._root = self._pages.root()
+        self._roots: dict[tuple[int, str], int] = {}  # of the prefix cache, by those of base or adapter, and tenant
         self._adapters: dict[str, Adapter] = {}
         self._counts: Counter[str] = Counter()
         self._rate, self._answers_s, self._service_s = 2000.0, 0.02, 1.0
@@ -110,6 +111,7 @@ class ServingEngine:
         adapter = self._weights.load(name, folder, self._bases, root)
         release_threads()
         with self._steps:
+            self._forget(name)
             self._adapters[name] = adapter
 
     def unload_adapter(self, name: str) -> None:
@@ -119,8 +121,9 @@ class ServingEngine:
             UnknownName: no adapter of that name is loaded.
         """
         with self._steps:
-            if self._adapters.pop(name, None) is None:
+            if name not in self._adapters:
                 raise UnknownName("adapter", name, self._adapters)
+            self._forget(name)
 
     def submit(self, generation: Generation) -> Running:
         """Queue a request.
@@ -142,6 +145,7 @@ class ServingEngine:
                 if row.adapter is None:
                     raise UnknownName("adapter", generation.adapter, self._adapters)
                 row.root = row.adapter.root
+            row.root = self._roots.setdefault((row.root, generation.tenant), self._pages.root())
             waiting = len(self._incoming) + len(self._rows.waiting)
             room = max(0, self._rows.limit - len(self._rows.flying))
             if waiting >= self._limit + room:
@@ -182,6 +186,10 @@ class ServingEngine:
             self._closing = True
             self._steps.notify_all()
         self._thread.join()
+
+    def _forget(self, name: str) -> None:
+        if (gone := self._adapters.pop(name, None)) is not None:
+            self._roots = {key: root for key, root in self._roots.items() if key[0] != gone.root}
 
     def _check(self, generation: Generation) -> None:
         prompt, most = generation.prompt_ids, generation.max_tokens

@@ -39,7 +39,9 @@ class Generation:
     """One request. The same one with the same `seed` draws the same tokens whatever runs beside it.
 
     `temperature` 0 is greedy. `adapter` is a name given to `load_adapter`; None is the base. `deadline_s` counts from
-    submission. `stop_ids` end the answer like the renderer's end ids. The end token is delivered like every other.
+    submission. `stop_ids` end the answer like the renderer's end ids. The end token is delivered like every other. What
+    was computed of a prompt is found again by requests of the same `tenant` only, so that none can tell from its own
+    waiting what another one asked.
     """
 
     prompt_ids: tuple[int, ...]
@@ -52,6 +54,7 @@ class Generation:
     constraint: Constraint | None = None
     deadline_s: float | None = None
     stop_ids: frozenset[int] = frozenset()
+    tenant: str = ""
 
     def __post_init__(self) -> None:
         """Raise `BadInput` for numbers out of range."""

@@ -140,6 +140,7 @@ class LocalModel:
                 adapter=self.adapter,
                 constraint=constraint,
                 deadline_s=request.deadline_s,
+                tenant=request.tenant,
             )
         )
 

@@ -55,7 +55,9 @@ class Metered:
     ) -> AsyncGenerator[Delta, None]:
         begun, status, first, used = time.perf_counter(), "cancelled", None, [Usage(0, 0)]
         limits = [limit for limit in (request.deadline_s, self._longest_s) if limit is not None]
-        metered = dataclasses.replace(request, meter=used.append, deadline_s=min(limits, default=None))
+        metered = dataclasses.replace(
+            request, meter=used.append, deadline_s=min(limits, default=None), tenant=self._caller.owner
+        )
         try:
             async with aclosing(answer(metered)) as deltas:  # type: ignore[type-var]
                 async for delta in deltas:

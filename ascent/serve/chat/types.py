@@ -89,6 +89,7 @@ class ChatRequest:
         parallel: allow several tool calls in one answer.
         deadline_s: the longest this may take, waiting included.
         meter: told what the answer used when it ends, also one that is left or fails half-way.
+        tenant: what was computed of a prompt is used again for the same tenant only.
     """
 
     turns: tuple[Turn, ...] = ()
@@ -106,6 +107,7 @@ class ChatRequest:
     parallel: bool = True
     deadline_s: float | None = None
     meter: Callable[[Usage], None] | None = field(default=None, compare=False)
+    tenant: str = ""
 
 
 @dataclass(frozen=True)
