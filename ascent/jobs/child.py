@@ -20,7 +20,7 @@ from types import FrameType
 from typing import Any
 
 from ascent.jobs.context import JobContext, sender
-from ascent.jobs.processes import follow, go_first, guard
+from ascent.jobs.processes import follow, go_first, guard, stand_back
 from ascent.jobs.specs import JOB_FILE
 from ascent.records.errors import AscentError, BadInput, Interrupted, MissingExtra, NoSpace, Unavailable
 
@@ -104,6 +104,7 @@ def _from_worker() -> int | None:
     guard(found[LIFE])
     follow(found[PARENT])
     go_first()
+    stand_back()
     return found[EVENTS]
 
 

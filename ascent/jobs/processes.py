@@ -25,6 +25,7 @@ KEPT |= {"ASCENT_HOME", "CUDA_VISIBLE_DEVICES", "HF_HUB_OFFLINE", "HF_ENDPOINT",
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")
 PR_SET_PDEATHSIG = 1
 FIRST_VICTIM = "500"  # of 1000: when memory runs out, the kernel ends jobs before the server
+LAST = 19  # of the niceness
 ROUNDS, ROUND_S = 50, 0.02
 
 _PROC = Path("/proc")
@@ -69,6 +70,15 @@ def go_first() -> None:
     """Let the kernel end this process, and those it starts, before others when memory runs out."""
     with contextlib.suppress(OSError):
         (_PROC / "self/oom_score_adj").write_text(FIRST_VICTIM)
+
+
+def stand_back() -> None:
+    """Let this process, and those it starts, compute in what time others leave: answers do not wait for a training."""
+    os.nice(LAST)
+    with contextlib.suppress(OSError):
+        (_PROC / "self/autogroup").write_text(
+            str(LAST)
+        )  # where Linux shares time by session, niceness counts within one
 
 
 def guard(life: int) -> None:

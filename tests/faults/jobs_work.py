@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import signal
@@ -65,6 +66,9 @@ def echo(job: JobContext) -> dict[str, Any]:
     with open("/proc/self/oom_score_adj") as file:
         adjusted = int(file.read())
     seen = {"environment": dict(os.environ), "folder": os.getcwd(), "path": sys.path, "oom_score_adj": adjusted}
+    seen |= {"nice": os.nice(0), "autogroup": ""}
+    with contextlib.suppress(FileNotFoundError), open("/proc/self/autogroup") as file:
+        seen["autogroup"] = file.read().strip().partition(" ")[2]
     return {"payload": job.payload, **seen}
 
 

@@ -79,6 +79,7 @@ def test_jobs_run_in_processes_of_their_own(house: House) -> None:
     assert seen["OMP_NUM_THREADS"] == str(max(1, this_machine().cores // 2))
     assert not [name for name in seen if name.startswith("ASCENT_JOB_")]
     own = int(Path("/proc/self/oom_score_adj").read_text())
+    assert first.result["nice"] == 19 and first.result["autogroup"] in ("", "nice 19")
     assert first.result["oom_score_adj"] == max(500, own) and own < 500, "the kernel ends jobs before their worker"
 
 
