@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import bisect
+import math
+from collections.abc import Hashable, Sequence
+
+import numpy as np
+import numpy.typing as npt
 
 from ascent.records import Record
 from ascent.records.errors import BadInput
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+
+LEVEL = 0.95
+GRID = (0.999, 0.998, 0.995, *(round(0.99 - step / 100, 2) for step in range(100)))
+"""Thresholds on a probability, from the strictest down."""
 
 
 class Abstention(Record):
@@ -35,7 +47,7 @@ class Abstention(Record):
         )
 
 
-def upper_bound(wrong: int, n: int, confidence: float = 0.95) -> float:
+def upper_bound(wrong: int, n: int, confidence: float = LEVEL) -> float:
     """One-sided upper bound of an error rate: the p at which P(≤ wrong of n) = 1 − confidence (Clopper-Pearson)."""
     from scipy import special  # loads on use
 
@@ -45,10 +57,10 @@ def upper_bound(wrong: int, n: int, confidence: float = 0.95) -> float:
 
 
 def abstention(confidence: Sequence[float], wrong: Sequence[bool], risk: float) -> Abstention:
-    """Choose the lowest threshold at which the answers that pass keep to `risk`.
+    """Choose the lowest threshold at which the answers that pass keep to `risk`, with 95 % confidence.
 
-    Selective classification with a guaranteed risk (Geifman and El-Yaniv 2017, arXiv 1705.08500 §3), the bound taken at
-    each threshold.
+    The thresholds tried lie between the answers' own confidences, which says nothing about which are right, so the
+    guarantee of `lowest_threshold` stands.
 
     Args:
         confidence: of each answer that passes without a threshold.
@@ -63,25 +75,100 @@ def abstention(confidence: Sequence[float], wrong: Sequence[bool], risk: float) 
     """
     if not confidence:
         raise BadInput("no answer passes, so there is nothing to choose a threshold on; give more validation items")
-    pairs = sorted(zip(confidence, wrong, strict=True), reverse=True)
-    choices: list[Abstention] = []
-    errors = 0
-    for passed, (value, bad) in enumerate(pairs, 1):
-        errors += bad
-        if passed < len(pairs) and pairs[passed][0] == value:
-            continue  # equal confidences pass together
-        below = 0.0 if passed == len(pairs) else (value + pairs[passed][0]) / 2
-        bound = upper_bound(errors, passed)
-        choices.append(
-            Abstention(
-                below=below,
-                risk=risk,
-                items=len(pairs),
-                passed=passed,
-                wrong=errors,
-                bound=bound,
-                reached=bound <= risk,
-            )
-        )
-    good = [choice for choice in choices if choice.reached]
-    return good[-1] if good else min(choices, key=lambda choice: choice.bound)
+    sure_N, right_N = np.array(confidence, float), 1.0 - np.array(wrong, float)
+    known = np.unique(sure_N)[::-1]
+    thresholds = [*((known[1:] + known[:-1]) / 2), 0.0]
+    chosen, _ = lowest_threshold(sure_N, right_N, range(len(sure_N)), risk, LEVEL, thresholds)
+    if chosen is not None:
+        return _passing(sure_N, right_N, chosen, risk, reached=True)
+    return min((_passing(sure_N, right_N, below, risk) for below in thresholds), key=lambda found: found.bound)
+
+
+def _passing(sure_N: Floats, right_N: Floats, below: float, risk: float, *, reached: bool = False) -> Abstention:
+    """What a threshold lets pass, and how often that is wrong."""
+    accepted = sure_N >= below
+    passed, right = int(accepted.sum()), int(right_N[accepted].sum())
+    return Abstention(
+        below=float(below),
+        risk=risk,
+        items=len(sure_N),
+        passed=passed,
+        wrong=passed - right,
+        bound=upper_bound(passed - right, passed),
+        reached=reached,
+    )
+
+
+def lowest_threshold(
+    confidence_N: Floats,
+    correct_N: Floats,
+    clusters: Sequence[Hashable],
+    risk: float,
+    level: float,
+    thresholds: Sequence[float] = GRID,
+) -> tuple[float | None, str]:
+    """Return the lowest threshold at which the risk of an answer is at most `risk`, or None, and a sentence on it.
+
+    Fixed-sequence testing (Angelopoulos et al. 2021, "Learn then test", arXiv 2110.01052, section 3.2): thresholds
+    are tried from the strictest down; each must have a Clopper–Pearson bound of at most `risk`, and the first that
+    fails ends the search, so no correction for having tried many is needed. Thresholds that accept too few rows to
+    pass with one error (without any, where the former takes over half of the rows) are skipped, or a single confident
+    mistake would end most searches. That looks at no label, so the guarantee stands where the risk does not rise with
+    confidence. Rows of one cluster are counted as if they all said the same: n becomes Kish's
+    n² / Σ m² over cluster sizes m (Kish 1965), the errors their share of it, rounded up.
+
+    Args:
+        confidence_N: of each answer [N].
+        correct_N: 1 where it is right, 0 where it is wrong [N].
+        clusters: of each answer.
+        risk: the share of wrong answers that is allowed among those at least as confident as the threshold.
+        level: the chance at which the risk is kept.
+        thresholds: from the strictest down, chosen without a look at what is right.
+    """
+    numbers = numbered(clusters)
+    chosen, rows = None, 0
+    allowed = 1 if 2 * needed(risk, level, 1) <= effective(confidence_N >= 0, correct_N, numbers)[1] else 0
+    least = needed(risk, level, allowed)
+    why = f"no threshold accepts the {least} independent rows that the bound needs"
+    for threshold in thresholds:
+        accepted = confidence_N >= threshold
+        errors, n = effective(accepted, correct_N, numbers)
+        if accepted.sum() == rows or n < least:
+            continue  # a threshold that accepts the same rows as a stricter one has not been put to the test
+        upper = upper_bound(errors, n, level)
+        if upper > risk:
+            why = f"at {threshold}, the first with enough rows, {errors} of {n} are wrong: the risk may be {upper:.1%}"
+            break
+        chosen, rows = threshold, int(accepted.sum())
+    if chosen is None:
+        return None, f"no threshold keeps the risk at {risk:.1%}, so it abstains on everything: {why}"
+    return chosen, f"the lowest threshold whose risk is at most {risk:.1%} with {level:.0%} confidence"
+
+
+def needed(risk: float, confidence: float, errors: int = 0) -> int:
+    """Return the least number of answers whose risk is bounded by `risk` although `errors` of them are wrong."""
+
+    def bounded(n: int) -> bool:
+        return upper_bound(errors, n, confidence) <= risk
+
+    high = errors + 1
+    while not bounded(high):
+        high *= 2
+    return bisect.bisect_left(range(high), True, lo=errors, key=bounded)
+
+
+def numbered(clusters: Sequence[Hashable]) -> Ints:
+    """Return clusters as whole numbers from 0 on."""
+    number: dict[Hashable, int] = {}
+    return np.array([number.setdefault(cluster, len(number)) for cluster in clusters], np.int64)
+
+
+def effective(accepted: npt.NDArray[np.bool_], correct_N: Floats, cluster_N: Ints) -> tuple[int, int]:
+    """Return (errors, n) of the accepted rows, in independent rows: see `lowest_threshold`."""
+    total = int(accepted.sum())
+    if total == 0:
+        return 0, 0
+    sizes = np.bincount(cluster_N[accepted])
+    n = int(total**2 / int((sizes**2).sum()))
+    errors = total - int(correct_N[accepted].sum())
+    return min(n, math.ceil(errors * n / total - 1e-9)), n

@@ -23,8 +23,8 @@ from ascent.customize.features import (
     classify,
     tune_features,
 )
-from ascent.customize.features.reliability import lowest_threshold, needed, reliability
-from ascent.evaluate.selective import upper_bound
+from ascent.customize.features.reliability import reliability
+from ascent.evaluate.selective import lowest_threshold, needed, upper_bound
 
 ROOT = Path(__file__).parents[2]
 TEXTS = ["Take one tablet twice a day.", "naïve café", "x", "The quick brown fox jumps over the lazy dog; 0123456789."]

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from ascent.customize.features import FeatureCard, FeatureConfig, FeatureRow, Item, Predictor, tune_features
-from ascent.customize.features.reliability import calibration_error, lowest_threshold
+from ascent.customize.features.reliability import calibration_error
+from ascent.evaluate.selective import lowest_threshold
 from ascent.records.errors import BadData, BadInput, Corrupt
 
 QUICK = FeatureConfig(gradient_boosting=False, folds=2, inner_folds=2)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 import math
 from collections.abc import Hashable, Sequence
 
@@ -10,15 +9,13 @@ import numpy as np
 import numpy.typing as npt
 
 from ascent.customize.features.card import Abstention, Reliability
-from ascent.evaluate.selective import upper_bound
+from ascent.evaluate.selective import effective, lowest_threshold, numbered, upper_bound
 from ascent.records import Episode, Estimate, Score
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
 BINS = 10
-THRESHOLDS = (0.999, 0.998, 0.995, *(round(0.99 - step / 100, 2) for step in range(100)))
-"""Tried from the strictest down. Fixed beforehand: thresholds that came from the data would need a correction."""
 
 
 def reliability(proba_NK: Floats, label_N: Ints, clusters: Sequence[Hashable], seed: int = 0) -> Reliability:
@@ -95,7 +92,7 @@ def choose_abstention(
     else:
         threshold, reason = lowest_threshold(confidence_N, correct_N, clusters, risk, confidence)
     accepted = confidence_N >= (math.inf if threshold is None else threshold)
-    errors, n = _effective(accepted, correct_N, _numbered(clusters))
+    errors, n = effective(accepted, correct_N, numbered(clusters))
     return Abstention(
         threshold=threshold,
         risk=risk,
@@ -106,64 +103,3 @@ def choose_abstention(
         upper=upper_bound(errors, n, confidence),
         reason=reason,
     )
-
-
-def lowest_threshold(
-    confidence_N: Floats, correct_N: Floats, clusters: Sequence[Hashable], risk: float, confidence: float
-) -> tuple[float | None, str]:
-    """Return the lowest threshold at which the risk of an answer is at most `risk`, or None, and a sentence on it.
-
-    Fixed-sequence testing (Angelopoulos et al. 2021, "Learn then test", arXiv 2110.01052, section 3.2): thresholds
-    are tried from the strictest down; each must have a Clopper–Pearson bound of at most `risk`, and the first that
-    fails ends the search, so no correction for having tried many is needed. Thresholds that accept too few rows to
-    pass with one error (without any, where the former takes over half of the rows) are skipped, or a single confident
-    mistake would end most searches. That looks at no label, so the guarantee stands where the risk does not rise with
-    confidence. Rows of one cluster are counted as if they all said the same: n becomes Kish's
-    n² / Σ m² over cluster sizes m (Kish 1965), the errors their share of it, rounded up.
-    """
-    numbers = _numbered(clusters)
-    chosen, rows = None, 0
-    allowed = 1 if 2 * needed(risk, confidence, 1) <= _effective(confidence_N >= 0, correct_N, numbers)[1] else 0
-    least = needed(risk, confidence, allowed)
-    why = f"no threshold accepts the {least} independent rows that the bound needs"
-    for threshold in THRESHOLDS:
-        accepted = confidence_N >= threshold
-        errors, n = _effective(accepted, correct_N, numbers)
-        if accepted.sum() == rows or n < least:
-            continue  # a threshold that accepts the same rows as a stricter one has not been put to the test
-        upper = upper_bound(errors, n, confidence)
-        if upper > risk:
-            why = f"at {threshold}, the first with enough rows, {errors} of {n} are wrong: the risk may be {upper:.1%}"
-            break
-        chosen, rows = threshold, int(accepted.sum())
-    if chosen is None:
-        return None, f"no threshold keeps the risk at {risk:.1%}, so it abstains on everything: {why}"
-    return chosen, f"the lowest threshold whose risk is at most {risk:.1%} with {confidence:.0%} confidence"
-
-
-def needed(risk: float, confidence: float, errors: int = 0) -> int:
-    """Return the least number of answers whose risk is bounded by `risk` although `errors` of them are wrong."""
-
-    def bounded(n: int) -> bool:
-        return upper_bound(errors, n, confidence) <= risk
-
-    high = errors + 1
-    while not bounded(high):
-        high *= 2
-    return bisect.bisect_left(range(high), True, lo=errors, key=bounded)
-
-
-def _numbered(clusters: Sequence[Hashable]) -> Ints:
-    number: dict[Hashable, int] = {}
-    return np.array([number.setdefault(cluster, len(number)) for cluster in clusters], np.int64)
-
-
-def _effective(accepted: npt.NDArray[np.bool_], correct_N: Floats, cluster_N: Ints) -> tuple[int, int]:
-    """Return (errors, n) of the accepted rows, in independent rows."""
-    total = int(accepted.sum())
-    if total == 0:
-        return 0, 0
-    sizes = np.bincount(cluster_N[accepted])
-    n = int(total**2 / int((sizes**2).sum()))
-    errors = total - int(correct_N[accepted].sum())
-    return min(n, math.ceil(errors * n / total - 1e-9)), n
