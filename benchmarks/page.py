@@ -62,6 +62,8 @@ RULES = """## How it is measured
   samples of a prompt and the two answers of a pair.
 - TRL runs without gradient checkpointing, which is its quicker setting, and with the settings it has otherwise. Its
   default, checkpointing, is measured beside it where memory is compared. Packing has its default length of 1,024.
+- Before each workload all free memory is written to once: the host of a virtual machine takes pages that are free, and
+  what their next touch costs is no side's work.
 - Peak memory is that of the process and its children, measured by the kernel.
 - The floor is operations over the measured peak of bf16 matrix products plus bytes over the measured bandwidth, counted
   in `benchmarks/floors.py`: each distinct token once, nothing computed again, nothing padded. Its share says how much
@@ -230,6 +232,19 @@ def serving_section(serving: Json) -> list[str]:
         "after the others, and their mean counts.\n",
         table(("load", "to reach", "measured", ""), told),
         table(("server", "clients", "tokens/s", "answer, median s", "95 % s", "first token, median s"), rows),
+        *_beside_training(serving.get("training")),
+    ]
+
+
+def _beside_training(found: Json | None) -> list[str]:
+    if found is None:
+        return []
+    alone, beside = found["alone"], found["beside"]
+    return [
+        f"While a customization job trains on the same cores, {beside['clients']} clients get "
+        f"{beside['tokens_per_s']:,.0f} tokens/s instead of {alone['tokens_per_s']:,.0f}, and an answer takes "
+        f"{beside['p50_s']:.2f} s instead of {alone['p50_s']:.2f} s in the median: jobs compute in what time answers "
+        "leave.\n"
     ]
 
 

@@ -23,10 +23,10 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 from bench import environment, machine
@@ -34,6 +34,9 @@ from environments import Failed, python_of
 
 from ascent.inference.store import Store
 from ascent.records.files import write_atomic
+
+if TYPE_CHECKING:
+    from ascent.serve.keys import NewKey
 
 HERE = Path(__file__).parent
 MODEL, NAME = "smollm2-135m-instruct", "bench"
@@ -269,6 +272,60 @@ def ours(model: Path, cores: list[int], options: argparse.Namespace, *, with_ada
     return found
 
 
+def beside_training(model: Path, cores: list[int], options: argparse.Namespace) -> Json:
+    """Eight clients without and with a customization job that trains on the same cores."""
+    from ascent.serve.config import load_config
+    from ascent.serve.keys import open_keys
+
+    side = replace(OURS, command=(*OURS.command[:-1], "1"))
+    with tempfile.TemporaryDirectory() as folder:
+        home, rows = Path(folder) / "server", Path(folder) / "rows.jsonl"
+        key = open_keys(load_config(None, {"home": home}, {})).create("bench", "bench", ["*"])
+        texts = questions(2000, seed=7)
+        rows.write_text("".join(json.dumps({"prompt": text, "completion": text[:99]}) + "\n" for text in texts))
+        count = 8 if options.quick else LEVELS[8]
+        more = ["--model", f"{NAME}={model}"]
+        with running(side, Path(sys.executable), str(model), cores, more, str(home)) as address:
+            asyncio.run(load(address, key.bearer, [NAME], 8, 16, seed=1))
+            found = {"alone": asyncio.run(load(address, key.bearer, [NAME], 8, count, seed=60))}
+            with training(address, key, rows, model):
+                found["beside"] = asyncio.run(load(address, key.bearer, [NAME], 8, count, seed=61))
+    for name, one in found.items():
+        say(f"  training, {name}: {line(one)}")
+    return found
+
+
+@contextmanager
+def training(address: str, key: NewKey, rows: Path, model: Path) -> Iterator[None]:
+    """A customization job that trains as long as this lasts."""
+    import boto3
+
+    secrets = {"aws_access_key_id": key.access_key_id, "aws_secret_access_key": key.secret}
+    client = boto3.client("bedrock", endpoint_url=address, region_name="us-east-1", **secrets)
+    job = client.create_model_customization_job(
+        jobName="beside",
+        customModelName="beside",
+        roleArn="arn:aws:iam::000000000000:role/none",
+        baseModelIdentifier=model.name,
+        trainingDataConfig={"s3Uri": rows.as_uri()},
+        outputDataConfig={"s3Uri": (rows.parent / "results").as_uri()},
+        hyperParameters={"epochCount": "100", "batchSize": "16"},
+    )["jobArn"]
+    until = time.monotonic() + START_S
+    while (found := client.get_model_customization_job(jobIdentifier=job))["statusDetails"]["trainingDetails"][
+        "status"
+    ] != "InProgress":
+        if found["status"] != "InProgress" or time.monotonic() > until:
+            raise SystemExit(f"the job does not train: {found.get('failureMessage', found['status'])}")
+        time.sleep(0.5)
+    time.sleep(20.0)  # until it takes steps
+    yield
+    ended = client.get_model_customization_job(jobIdentifier=job)
+    if ended["status"] != "InProgress":
+        raise SystemExit(f"the job ended too early: {ended.get('failureMessage', ended['status'])}")
+    client.stop_model_customization_job(jobIdentifier=job)
+
+
 def line(found: Json) -> str:
     """A measurement in a line."""
     return (
@@ -314,6 +371,7 @@ def main() -> None:
     if OURS.name in wanted:
         say("ascent")
         keep("ascent", ours(model, cores, options, with_adapters=True))
+        results["training"] = beside_training(model, cores, options)
     with tempfile.TemporaryDirectory() as folder:
         plain = Path(folder) / NAME  # without the @ of our store, which transformers takes for a revision
         plain.symlink_to(model)
