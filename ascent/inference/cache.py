@@ -117,11 +117,16 @@ def padded(rows: int) -> int:
 
 @dataclass(frozen=True)
 class GroupReach:
-    """The groups' part of a step: `to_group` [N·K·R] gathers (row, head) pairs by group, `to_row` [B·K] the reverse."""
+    """The groups' part of a step: `to_group` [N·K·R] gathers (row, head) pairs by group, `to_row` [B·K] the reverse.
+
+    `seen` [N, S] says the same as the bias; `of_row` [B] is each row's group.
+    """
 
     keys: list[Tensor]
     values: list[Tensor]
     bias: Tensor
+    seen: Tensor
+    of_row: Tensor
     to_group: Tensor
     to_row: Tensor
 
@@ -130,7 +135,7 @@ class GroupReach:
 class Reach:
     """What a step sees: per layer keys [B·K, E, S] and values [B·K, S, E], of which the bias hides what is not a row's.
 
-    The new tokens stand at the place `column`.
+    The new tokens stand at the place `column`; `seen` [B, S] says the same as the bias.
     """
 
     rows: int
@@ -139,6 +144,7 @@ class Reach:
     keys: list[Tensor]
     values: list[Tensor]
     bias: Tensor
+    seen: Tensor
     group: GroupReach | None
 
 
@@ -227,6 +233,7 @@ class Cache:
             keys=members.keys,
             values=members.values,
             bias=_bias(seen_BS, 1, self.config, self.own.keys[0]),
+            seen=seen_BS,
             group=members.group,
         )
         self.time += 1
@@ -286,6 +293,8 @@ class _Members:
             keys=keys,
             values=values,
             bias=_bias(seen_NS, most, cache.config, cache.own.keys[0]),
+            seen=seen_NS,
+            of_row=torch.tensor([flight.group for flight in flights], device=device),
             to_group=torch.tensor(to_group, device=device),
             to_row=torch.tensor(to_row, device=device),
         )

@@ -103,6 +103,51 @@ def test_attention_comes_out_the_same_with_any_number_of_threads() -> None:
     assert torch.equal(found[0], found[2])
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(0, 10_000),
+    st.integers(1, 3),
+    st.integers(1, 8),
+    st.sampled_from([32, 64, 96]),
+    st.sampled_from([16, 32, 80]),
+    st.sampled_from([0, 16, 48]),
+    st.sampled_from([0, 1, 31, 70]),
+)
+def test_decoding_attends_over_three_levels(
+    seed: int, kv_heads: int, group: int, size: int, own: int, grouped: int, common: int
+) -> None:
+    """Beside one softmax in float64 over what a row's own slot, its group's and the common one show."""
+    dice = torch.Generator().manual_seed(seed)
+    rows, heads = 5, kv_heads * group
+
+    def numbers(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=dice).to(torch.bfloat16)
+
+    def level(slots: int, places: int) -> tuple[Tensor, Tensor, Tensor]:
+        seen = torch.rand(slots, places, generator=dice) < 0.6
+        return numbers(slots, kv_heads, size, places), numbers(slots, kv_heads, places, size), seen
+
+    qkv, column = numbers(rows, heads + 2 * kv_heads, size), own - 3
+    mine, of_row = level(rows, own), torch.randint(0, 2, (rows,), generator=dice)
+    mine[2][:, column] = True
+    theirs = level(2, grouped) if grouped else None
+    ours = (*level(1, common)[:2], None) if common else None
+    out = native.decode_attention(qkv, kv_heads, column, mine, theirs, of_row, ours)
+    q, k, v = qkv.double().split([heads, kv_heads, kv_heads], 1)
+    assert torch.equal(mine[0][..., column].double(), k) and torch.equal(mine[1][:, :, column].double(), v)
+    parts: list[tuple[Tensor, ...]] = [mine]
+    if theirs is not None:
+        parts.append(tuple(x[of_row] for x in theirs))
+    if ours is not None:
+        parts.append((*(x.expand(rows, -1, -1, -1) for x in ours[:2]), torch.ones(rows, common, dtype=torch.bool)))
+    keys, values = (torch.cat([part[at].double() for part in parts], -1 - at) for at in (0, 1))
+    scores = torch.einsum("bkge,bkes->bkgs", q.view(rows, kv_heads, group, size), keys) * size**-0.5
+    hidden = ~torch.cat([part[2] for part in parts], 1)[:, None, None]
+    shares = scores.masked_fill(hidden, -torch.inf).softmax(-1)
+    expected = torch.einsum("bkgs,bkse->bkge", shares, values).flatten(1, 2)
+    assert (out.double() - expected).abs().max() < 0.02
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_target_logp(temperature: float) -> None:
     logits, targets = 8 * drawn(9, 1024), torch.randint(0, 1024, (9,), generator=torch.Generator().manual_seed(1))

@@ -24,11 +24,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-SOURCES = ("elementwise.c", "attention.c")
+SOURCES = ("elementwise.c", "attention.c", "decode.c")
 HEADER = "vector.h"
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-std=gnu11")
-LANES, COLUMNS = 16, 64
-"""Numbers of a vector, and the columns of attention's products: rows must be multiples of them."""
+LANES, WIDE, COLUMNS = 16, 32, 64
+"""Numbers of a vector in fp32 and in bf16, and the columns of attention's products: rows must be multiples of them."""
 COMPILE_TIMEOUT_S = 120
 
 
@@ -225,6 +225,53 @@ def attention_slope(
     parts = out.new_empty(layout.parts, schedule.nodes, 2 * kv_heads, size, dtype=torch.float32)
     _run("attention_backward", ctypes.byref(layout), qkv_TNE, out, lse, grad, into, parts)
     return into
+
+
+Level = tuple[Tensor, Tensor, Tensor | None]
+"""A level of `decode_attention`: keys [slots, K, E, S], values [slots, K, S, E], and which places of a slot are seen
+[slots, S] in bool; None where all are."""
+
+
+class _Level(ctypes.Structure):
+    """`level` of decode.c."""
+
+    _fields_ = (*((name, ctypes.c_void_p) for name in ("keys", "values", "seen")), ("places", ctypes.c_int64))
+
+
+class _Tree(ctypes.Structure):
+    """`tree` of decode.c."""
+
+    _fields_ = (
+        ("levels", _Level * 3),
+        ("group_of", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("rows", "heads", "kv_heads", "size", "column")),
+    )
+
+
+def decode_attention(
+    qkv_BNE: Tensor,
+    kv_heads: int,
+    column: int,
+    own: Level,
+    group: Level | None,
+    group_of_B: Tensor,
+    common: Level | None,
+) -> Tensor:
+    """Store each row's new key and value at its own place `column`, and return what the heads attend to [B, H, E].
+
+    Row b has slot b of its `own` level, slot `group_of_B[b]`, in int64, of its group's, and slot 0 of what all rows
+    have in `common`. E is a multiple of `WIDE`.
+    """
+    rows, across, size = qkv_BNE.shape
+    out = qkv_BNE.new_empty(rows, across - 2 * kv_heads, size)
+    levels = [_level(*each) if each is not None else _Level() for each in (own, group, common)]
+    places = (group_of_B.data_ptr(), rows, across - 2 * kv_heads, kv_heads, size, column)
+    _run("decode_attention", ctypes.byref(_Tree((_Level * 3)(*levels), *places)), qkv_BNE, out, torch.get_num_threads())
+    return out
+
+
+def _level(keys: Tensor, values: Tensor, seen: Tensor | None) -> _Level:
+    return _Level(keys.data_ptr(), values.data_ptr(), None if seen is None else seen.data_ptr(), keys.shape[-1])
 
 
 def _call(name: str, *arguments: object) -> None:

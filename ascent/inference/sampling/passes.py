@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ascent.inference import native
 from ascent.inference.attention import parted
 from ascent.inference.cache import Cache, Common, Reach
 from ascent.inference.sampling.weights import Weights
@@ -99,15 +100,36 @@ def step(weights: Weights, cache: Cache, tokens_B: Tensor) -> Tensor:
     x, added = weights.model.embed(F.pad(tokens_B, (0, reach.rows - len(tokens_B)))), None
     for index, layer in enumerate(weights.layers):
         x, qkv = layer.attend(x, added, rope)
-        q, k, v = parted(qkv, cache.config.kv_heads)
-        cache.own.keys[index][: reach.rows, ..., reach.column] = k
-        cache.own.values[index][: reach.rows, :, reach.column] = v
-        x, added = layer.finish(_attend(q, cache, index, reach), x)
+        x, added = layer.finish(_attend(qkv, cache, index, reach), x)
     return weights.model.norm.after(x, added)[1]
 
 
-def _attend(q_BHE: Tensor, cache: Cache, index: int, reach: Reach) -> Tensor:
-    """Attention of one new token a row over its own places, its group's prompt and the common prefix, [B, H·E].
+def _attend(qkv_BNE: Tensor, cache: Cache, index: int, reach: Reach) -> Tensor:
+    """Store each row's new key and value, and attend over its own places, its group's prompt and the common prefix.
+
+    Returns:
+        What the heads attend to [B, H·E].
+    """
+    config, own, groups, common = cache.config, cache.own, cache.groups, cache.common
+    if native.fits(qkv_BNE) and config.head_size % native.WIDE == 0:
+        group = reach.group
+        return native.decode_attention(
+            qkv_BNE,
+            config.kv_heads,
+            reach.column,
+            (own.keys[index], own.values[index], reach.seen),
+            None if groups is None or group is None else (groups.keys[index], groups.values[index], group.seen),
+            reach.positions_B if group is None else group.of_row,
+            None if common is None else (common.keys[index], common.values[index], None),
+        ).flatten(1)
+    q, k, v = parted(qkv_BNE, config.kv_heads)
+    own.keys[index][: reach.rows, ..., reach.column] = k
+    own.values[index][: reach.rows, :, reach.column] = v
+    return _attend_by_products(q, cache, index, reach)
+
+
+def _attend_by_products(q_BHE: Tensor, cache: Cache, index: int, reach: Reach) -> Tensor:
+    """Attention of one new token a row, as `_attend` returns it.
 
     The queries of a group stand in one product, so that its keys are read once; likewise all queries for the prefix.
     """

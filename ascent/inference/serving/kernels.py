@@ -37,6 +37,7 @@ def library() -> ctypes.CDLL | None:
     known = hashlib.sha256((here / "kernels.c").read_bytes() + native._fingerprint(compiler).encode()).hexdigest()
     place = native._folder() / f"serving-{known[:16]}.so"
     if not place.is_file():
+        place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=place.parent) as scratch:
             made = Path(scratch) / place.name
             command = [compiler, *native.FLAGS, f"-I{Path(native.__file__).parent}", str(here / "kernels.c")]
