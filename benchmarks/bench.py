@@ -91,7 +91,6 @@ class Suite:
 
     def measure(self, work: Workload) -> Json:
         """Run all sides of a workload."""
-        touch_free_memory()
         entry: Json = {"title": work.title, "kind": work.kind, "tokens": work.tokens, "beta": work.beta}
         entry |= {"targets": [asdict(target) for target in work.targets], "rates": self.rates()}
         amount = floor(self.shape, work)
@@ -183,16 +182,6 @@ class Suite:
             except Failed as error:
                 self._pythons[name] = str(error)
         return self._pythons[name]
-
-
-def touch_free_memory() -> None:
-    """Write to every free page once.
-
-    The host of a virtual machine may have taken pages that were free, and its fault at the next touch would be counted
-    as the work of whichever side comes first or takes most memory.
-    """
-    size = psutil.virtual_memory().available - 2 * RESERVE
-    subprocess.run([sys.executable, "-c", f"import numpy; numpy.ones({size >> 3})"], check=True)
 
 
 def watch(process: subprocess.Popen[bytes]) -> tuple[int | None, float]:

@@ -62,8 +62,6 @@ RULES = """## How it is measured
   samples of a prompt and the two answers of a pair.
 - TRL runs without gradient checkpointing, which is its quicker setting, and with the settings it has otherwise. Its
   default, checkpointing, is measured beside it where memory is compared. Packing has its default length of 1,024.
-- Before each workload all free memory is written to once: the host of a virtual machine takes pages that are free, and
-  what their next touch costs is no side's work.
 - Peak memory is that of the process and its children, measured by the kernel.
 - The floor is operations over the measured peak of bf16 matrix products plus bytes over the measured bandwidth, counted
   in `benchmarks/floors.py`: each distinct token once, nothing computed again, nothing padded. Its share says how much
