@@ -57,6 +57,8 @@ boto3 takes the key from `AWS_ACCESS_KEY_ID` and `AWS_SECRET_ACCESS_KEY`, an Ope
   killed server loses no job: what ran begins again at its last checkpoint.
 - State is in `home`: the database, `master.key` (the keys' secrets are encrypted under it) and the jobs' folders. A
   copy of database and master key is a backup; without the master key no key works any more.
+- Jobs compute at the lowest priority, so that answers do not wait for a training; under a load without pauses a job
+  hardly moves.
 - Jobs read and write at `file://`, at `s3://` (`pip install 'ascent-posttrain[s3]'`; credentials and `AWS_ENDPOINT_URL`
   from the environment, `AWS_ALLOW_HTTP=true` for a store without TLS) and wherever fsspec has a driver installed.
   `data` says where; `jobs.environment` names the variables that lead to the store.
