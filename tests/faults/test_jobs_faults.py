@@ -144,7 +144,7 @@ def kill_in_phase(site: Site, victim: str, phase: str) -> None:
 
 
 @pytest.mark.parametrize(("victim", "phase"), SAMPLE)
-def test_a_kill_in_a_phase_loses_nothing(site: Site, victim: str, phase: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kill_in_a_phase_loses_nothing(site: Site, victim: str, phase: str) -> None:
     kill_in_phase(site, victim, phase)
 
 

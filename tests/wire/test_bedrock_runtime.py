@@ -9,13 +9,10 @@ from typing import Literal
 
 import jsonschema
 import pytest
-import torch
 from botocore.exceptions import ClientError, EventStreamError, ReadTimeoutError
 from chat_parts import Scripted, install, serve, until
-from laws.helpers import write_tiny_model
 
 from ascent.inference.engine import Prompt, Sampling
-from ascent.inference.engines.torch import TorchEngine
 from ascent.records import Message
 from ascent.records.errors import Busy
 from ascent.serve.chat import Finish, Reasoning, Text, ToolArguments, ToolStart, Usage
@@ -35,24 +32,8 @@ GREEDY = {"maxTokens": 30, "temperature": 0}
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return write_tiny_model(tmp_path_factory.mktemp("bedrock") / "tiny", context=4096)
-
-
-@pytest.fixture(scope="module")
-def served(folder, tmp_path_factory):
-    with serve(tmp_path_factory.mktemp("server"), {"tiny": str(folder)}) as served:
-        yield served
-
-
-@pytest.fixture(scope="module")
 def client(served):
     return served.aws("bedrock-runtime")
-
-
-@pytest.fixture(scope="module")
-def theirs(folder):
-    return TorchEngine.load(folder, "tiny", torch.float32)
 
 
 @pytest.fixture

@@ -15,7 +15,6 @@ from chat_parts import Scripted, install, serve, until
 from laws.helpers import write_tiny_model
 
 from ascent.inference.engine import Prompt, Sampling
-from ascent.inference.engines.torch import TorchEngine
 from ascent.records import Message
 from ascent.serve.chat import Finish, Reasoning, Text, ToolArguments, ToolStart, Usage
 
@@ -31,24 +30,8 @@ DONE = Finish("stop", Usage(5, 2))
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return write_tiny_model(tmp_path_factory.mktemp("openai") / "tiny", context=4096)
-
-
-@pytest.fixture(scope="module")
-def served(folder, tmp_path_factory):
-    with serve(tmp_path_factory.mktemp("server"), {"tiny": str(folder)}) as served:
-        yield served
-
-
-@pytest.fixture(scope="module")
 def client(served):
     return served.openai()
-
-
-@pytest.fixture(scope="module")
-def theirs(folder):
-    return TorchEngine.load(folder, "tiny", torch.float32)
 
 
 def chat(client, **fields):

@@ -17,6 +17,7 @@ import shutil
 import stat
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor
 
 SOURCES = ("elementwise.c", "attention.c", "decode.c")
-HEADER = "vector.h"
+HEADER = Path(__file__).parent / "vector.h"
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-std=gnu11")
 LANES, WIDE, COLUMNS = 16, 32, 64
 """Numbers of a vector in fp32 and in bf16, and the columns of attention's products: rows must be multiples of them."""
@@ -54,16 +55,24 @@ def _built() -> ctypes.CDLL | str:
         return "they are made for POSIX systems"
     if not torch.cpu._is_avx512_bf16_supported():
         return "this processor has no bf16 dot products in AVX-512"
+    here = Path(__file__).parent
+    return compiled("kernels", [here / name for name in SOURCES])
+
+
+def compiled(name: str, sources: Sequence[Path]) -> ctypes.CDLL | str:
+    """Compile sources that include `vector.h`, unless that was done before, and load them; or say why not.
+
+    Only what nobody else could have written is loaded.
+    """
     compiler = shutil.which("gcc")
     if compiler is None:
         return "there is no gcc"
-    place = _folder() / f"kernels-{_fingerprint(compiler)}.so"
+    place = _folder() / f"{name}-{_fingerprint(compiler, sources)}.so"
     if not place.is_file():
         place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=place.parent) as scratch:
             made = Path(scratch) / place.name
-            here = Path(__file__).parent
-            command = [compiler, *FLAGS, *(str(here / name) for name in SOURCES), "-o", str(made), "-lm"]
+            command = [compiler, *FLAGS, f"-I{HEADER.parent}", *map(str, sources), "-o", str(made), "-lm"]
             try:
                 done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_TIMEOUT_S, check=False)
             except (OSError, subprocess.TimeoutExpired) as error:
@@ -90,9 +99,9 @@ def _only_ours(place: Path) -> bool:
     return found.st_uid in (0, os.getuid()) and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
 
 
-def _fingerprint(compiler: str) -> str:
+def _fingerprint(compiler: str, sources: Sequence[Path]) -> str:
     """A hash of all that the compiled code depends on."""
-    parts = [(Path(__file__).parent / name).read_bytes() for name in (*SOURCES, HEADER)]
+    parts = [file.read_bytes() for file in (*sources, HEADER)]
     version = subprocess.run([compiler, "--version"], capture_output=True, check=False).stdout
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()

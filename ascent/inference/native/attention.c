@@ -11,7 +11,6 @@
 
 #define COLUMNS 64 /* of a product's right side: four vectors */
 #define ROWS 48
-#define STRIP 6 /* rows of a product at a time: 24 sums, 4 columns and a factor fit 32 registers */
 #define PAIRS (COLUMNS / 2)
 
 typedef struct {
@@ -26,7 +25,7 @@ typedef struct {
     int64_t threads;
 } layout;
 
-static inline __attribute__((always_inline)) void strip(int rows, long pairs, const uint32_t *a, long by_row,
+INLINE void strip(int rows, long pairs, const uint32_t *a, long by_row,
                                                         long by_pair, const uint32_t *b, float *c, long stride, int add)
 {
     __m512 sum[STRIP][4];
@@ -53,14 +52,8 @@ static void multiply(long rows, long pairs, const uint32_t *a, long by_row, long
                      long stride, int add)
 {
     for (long i = 0; i < rows; i += STRIP, a += STRIP * by_row, c += STRIP * stride) {
-        switch (rows - i) {
-        case 1: strip(1, pairs, a, by_row, by_pair, b, c, stride, add); break;
-        case 2: strip(2, pairs, a, by_row, by_pair, b, c, stride, add); break;
-        case 3: strip(3, pairs, a, by_row, by_pair, b, c, stride, add); break;
-        case 4: strip(4, pairs, a, by_row, by_pair, b, c, stride, add); break;
-        case 5: strip(5, pairs, a, by_row, by_pair, b, c, stride, add); break;
-        default: strip(6, pairs, a, by_row, by_pair, b, c, stride, add);
-        }
+        #define ONE_STRIP(n) strip(n, pairs, a, by_row, by_pair, b, c, stride, add)
+        BY_ROWS(rows - i, ONE_STRIP)
     }
 }
 

@@ -5,8 +5,7 @@
  */
 #include "vector.h"
 
-#define WIDE 32  /* places of a vector of bf16 */
-#define STRIP 6  /* queries at a time: their sums and the columns fit 32 registers */
+#define WIDE 32 /* places of a vector of bf16 */
 
 /* One level: keys [slots][kv_heads][size][places], values [slots][kv_heads][places][size], and which places of a slot
  * hold something a row sees, [slots][places]; all do where `seen` is null. */
@@ -21,8 +20,6 @@ typedef struct {
     const int64_t *group_of; /* slot of each row's group */
     int64_t rows, heads, kv_heads, size, column;
 } tree;
-
-#define INLINE static inline __attribute__((always_inline))
 
 /* Interleave the lower halves of two vectors, and the upper ones. */
 #define PAIRS(n) (int16_t)(n), (int16_t)((n) + WIDE)
@@ -83,16 +80,6 @@ INLINE void weigh(int queries, const bf16 *p, long across, const bf16 *values, l
     for (int i = 0; i < queries; i++)
         _mm512_storeu_ps(sums + i * size, sum[i][0]), _mm512_storeu_ps(sums + i * size + LANES, sum[i][1]);
 }
-
-#define BY_QUERIES(queries, call)                                                                                      \
-    switch (queries) {                                                                                                 \
-    case 1: call(1); break;                                                                                            \
-    case 2: call(2); break;                                                                                            \
-    case 3: call(3); break;                                                                                            \
-    case 4: call(4); break;                                                                                            \
-    case 5: call(5); break;                                                                                            \
-    default: call(6);                                                                                                  \
-    }
 
 /* Scale the scores of `places` places, hide what is not seen, and return the highest. */
 static float hide(float *scores, const uint8_t *seen, long places, long room, float scale)
@@ -159,7 +146,7 @@ static void attend(const tree *t, const bf16 *qkv, bf16 *out, long row, long hea
             for (long i = 0; i < group; i += STRIP) {
                 float *into = scores + i * total + begin[j];
 #define SCORE(n) score(n, q + i * size / 2, keys[j], t->levels[j].places, from, into, total, size)
-                BY_QUERIES(group - i, SCORE)
+                BY_ROWS(group - i, SCORE)
             }
     for (long i = 0; i < group; i++)
         soften(t, scores + i * total, seen, begin, p + i * total);
@@ -169,7 +156,7 @@ static void attend(const tree *t, const bf16 *qkv, bf16 *out, long row, long hea
             for (long i = 0; i < group; i += STRIP) {
                 const bf16 *weights = p + i * total + begin[j];
 #define WEIGH(n) weigh(n, weights, total, values[j] + d, t->levels[j].places, sums + i * size + d, size)
-                BY_QUERIES(group - i, WEIGH)
+                BY_ROWS(group - i, WEIGH)
             }
     for (long i = 0; i < group * size; i += LANES)
         store(out + (row * t->heads + head * group) * size + i, _mm512_loadu_ps(sums + i));

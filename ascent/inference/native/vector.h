@@ -14,6 +14,19 @@
 #endif
 
 #define LANES 16
+#define STRIP 6 /* rows of a product at a time: their sums, the columns and a factor fit 32 registers */
+#define INLINE static inline __attribute__((always_inline))
+
+/* Call with the number of rows as a constant, STRIP where there are more. */
+#define BY_ROWS(rows, call)                                                                                            \
+    switch (rows) {                                                                                                    \
+    case 1: call(1); break;                                                                                            \
+    case 2: call(2); break;                                                                                            \
+    case 3: call(3); break;                                                                                            \
+    case 4: call(4); break;                                                                                            \
+    case 5: call(5); break;                                                                                            \
+    default: call(6);                                                                                                  \
+    }
 
 typedef uint16_t bf16;
 

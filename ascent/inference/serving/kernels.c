@@ -8,20 +8,7 @@
 
 #define PAGES 4 /* pages that scores are held for at a time */
 #define COLUMNS (PAGES * LANES)
-#define STRIP 6 /* rows at a time: 24 sums, 4 vectors and a factor fit 32 registers */
 #define ROWS 48 /* (token, head) rows of a work item */
-
-#define BY_ROWS(rows, call)                                                                                            \
-    switch (rows) {                                                                                                    \
-    case 1: call(1); break;                                                                                            \
-    case 2: call(2); break;                                                                                            \
-    case 3: call(3); break;                                                                                            \
-    case 4: call(4); break;                                                                                            \
-    case 5: call(5); break;                                                                                            \
-    default: call(6);                                                                                                  \
-    }
-
-#define INLINE static inline __attribute__((always_inline))
 
 /* c[row][page * LANES + token] = q[row] · key of the token; q is [rows][size / 2] pairs. */
 INLINE void score(int rows, const uint32_t *q, const uint32_t *const *pages, float *c, long size)

@@ -7,10 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import hashlib
-import shutil
-import subprocess
-import tempfile
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -31,27 +27,8 @@ def library() -> ctypes.CDLL | None:
     """The compiled kernels, or None where there can be none, and then tensor operations do the same."""
     if native.library() is None:
         return None
-    here, compiler = Path(__file__).parent, shutil.which("gcc")
-    if compiler is None:
-        return None
-    known = hashlib.sha256((here / "kernels.c").read_bytes() + native._fingerprint(compiler).encode()).hexdigest()
-    place = native._folder() / f"serving-{known[:16]}.so"
-    if not place.is_file():
-        place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=place.parent) as scratch:
-            made = Path(scratch) / place.name
-            command = [compiler, *native.FLAGS, f"-I{Path(native.__file__).parent}", str(here / "kernels.c")]
-            done = subprocess.run(
-                [*command, "-o", str(made), "-lm"],
-                capture_output=True,
-                timeout=native.COMPILE_TIMEOUT_S,
-                check=False,
-            )
-            if done.returncode != 0:
-                return None
-            made.chmod(0o700)
-            made.replace(place)  # another process may have done the same meanwhile
-    return ctypes.CDLL(str(place)) if native._only_ours(place) else None
+    found = native.compiled("serving", [Path(__file__).parent / "kernels.c"])
+    return found if isinstance(found, ctypes.CDLL) else None
 
 
 def release_threads() -> None:

@@ -86,7 +86,8 @@ def check_place(uri: str, rules: Rules) -> str:
     if rules.roots is not None and not any(_below(place, root) for root in rules.roots):
         raise BadInput(
             f"{uri!r} is not where this server takes data from and puts results; that is "
-            f"{', '.join(rules.roots) or 'nowhere'}, by `data` of its configuration"
+            f"{', '.join(rules.roots) or 'nowhere'}, by `data` of its configuration: put the data there, or let the "
+            "server's operator add a place"
         )
     return protocol
 

@@ -20,6 +20,7 @@ from ascent.serve.kinds.hyperparameters import (
 )
 from ascent.serve.services.bedrock.limits import training_limits
 from ascent.serve.services.bedrock.resources import (
+    STATES,
     Request,
     Resources,
     failure,
@@ -37,14 +38,6 @@ if TYPE_CHECKING:
     from ascent.serve.wire.authenticate import Caller
 
 KIND = "customize"
-STATES = {
-    "queued": "InProgress",
-    "running": "InProgress",
-    "stopping": "Stopping",
-    "completed": "Completed",
-    "failed": "Failed",
-    "stopped": "Stopped",
-}
 DETAILS = (
     ("validationDetails", PHASES[0:1]),
     ("dataProcessingDetails", PHASES[0:1]),

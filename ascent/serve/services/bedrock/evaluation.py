@@ -9,6 +9,7 @@ from ascent.jobs.specs import ENDED, Job
 from ascent.records.errors import BadInput, UnknownName
 from ascent.serve.services.bedrock.limits import answering_limits
 from ascent.serve.services.bedrock.resources import (
+    STATES,
     Request,
     Resources,
     failure,
@@ -26,14 +27,6 @@ if TYPE_CHECKING:
 KIND = "evaluation"
 BUILTIN_MARK = "Builtin."
 MAX_TOKENS = 128
-STATES = {
-    "queued": "InProgress",
-    "running": "InProgress",
-    "stopping": "Stopping",
-    "completed": "Completed",
-    "failed": "Failed",
-    "stopped": "Stopped",
-}
 
 
 class Evaluation(Resources):

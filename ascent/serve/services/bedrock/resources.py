@@ -35,6 +35,15 @@ Request = dict[str, Any]
 Item = TypeVar("Item")
 OVERRIDE = "ascent:override"
 """The tag whose value says why a model may be deployed without a GO verdict."""
+STATES = {
+    "queued": "InProgress",
+    "running": "InProgress",
+    "stopping": "Stopping",
+    "completed": "Completed",
+    "failed": "Failed",
+    "stopped": "Stopped",
+}
+"""What customization and evaluation jobs are called, by the queue's states."""
 MESSAGE_CHARS = 2048
 USE_CASES = "usecases"
 
