@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -119,33 +120,44 @@ def padded(rows: int) -> int:
 class GroupReach:
     """The groups' part of a step: `to_group` [N·K·R] gathers (row, head) pairs by group, `to_row` [B·K] the reverse.
 
-    `seen` [N, S] says the same as the bias; `of_row` [B] is each row's group.
+    `seen` [N, S] are the places that hold something, `of_row` [B] is each row's group, `rows` the most that one has.
     """
 
+    config: DecoderConfig
     keys: list[Tensor]
     values: list[Tensor]
-    bias: Tensor
     seen: Tensor
     of_row: Tensor
+    rows: int
     to_group: Tensor
     to_row: Tensor
+
+    @cached_property
+    def bias(self) -> Tensor:
+        """`seen` as a bias of the scores, [N·K, R·G, S]."""
+        return _bias(self.seen, self.rows, self.config, self.keys[0])
 
 
 @dataclass(frozen=True)
 class Reach:
-    """What a step sees: per layer keys [B·K, E, S] and values [B·K, S, E], of which the bias hides what is not a row's.
+    """What a step sees: per layer keys [B·K, E, S] and values [B·K, S, E], of which `seen` [B, S] are a row's own.
 
-    The new tokens stand at the place `column`; `seen` [B, S] says the same as the bias.
+    The new tokens stand at the place `column`.
     """
 
+    config: DecoderConfig
     rows: int
     positions_B: Tensor
     column: int
     keys: list[Tensor]
     values: list[Tensor]
-    bias: Tensor
     seen: Tensor
     group: GroupReach | None
+
+    @cached_property
+    def bias(self) -> Tensor:
+        """`seen` as a bias of the scores, [B·K, G, S]."""
+        return _bias(self.seen, 1, self.config, self.keys[0])
 
 
 class Cache:
@@ -227,12 +239,12 @@ class Cache:
         times = torch.tensor(self._written, device=members.entry_B.device)
         seen_BS = torch.cat((members.prompt_BS, times >= members.entry_B[:, None]), 1)
         reach = Reach(
+            config=self.config,
             rows=len(seen_BS),
             positions_B=members.offset_B + self.time,
             column=self.own_prompt + place,
             keys=members.keys,
             values=members.values,
-            bias=_bias(seen_BS, 1, self.config, self.own.keys[0]),
             seen=seen_BS,
             group=members.group,
         )
@@ -290,10 +302,11 @@ class _Members:
         keys, values = cache.groups.used(len(rows_of))
         seen_NS = _seen(cache.spans, cache.prompt, device)
         return GroupReach(
+            config=cache.config,
             keys=keys,
             values=values,
-            bias=_bias(seen_NS, most, cache.config, cache.own.keys[0]),
             seen=seen_NS,
+            rows=most,
             of_row=torch.tensor([flight.group for flight in flights], device=device),
             to_group=torch.tensor(to_group, device=device),
             to_row=torch.tensor(to_row, device=device),
